@@ -1,0 +1,1 @@
+"""Values: what the other floors read, compute and hand on. No torch, no sockets, no clocks."""
