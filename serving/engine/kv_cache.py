@@ -1,0 +1,101 @@
+"""The paged key/value cache of one place, and the boxes of it that reconfigurations move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from serving.engine.blocks import BlockAllocator, blocks_for
+
+__all__ = ["BlockAllocator", "KvCache", "blocks_for"]
+
+
+class KvCache:
+    """Keys and values of decoder layers `layers` and KV heads `heads` (absolute, half-open ranges).
+
+    Per layer `[blocks, block_tokens, heads, head_dim]`. Starts as zeros: attention reads padding and
+    multiplies it by zero, so every entry must be finite.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, int],
+        heads: tuple[int, int],
+        head_dim: int,
+        blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.layers, self.heads = layers, heads
+        self.head_dim, self.blocks, self.block_tokens = head_dim, blocks, block_tokens
+        shape = (layers[1] - layers[0], 2, blocks, block_tokens, heads[1] - heads[0], head_dim)
+        self._paged = torch.zeros(shape, dtype=dtype, device=device)
+        self._flat = self._paged.view(shape[0], 2, blocks * block_tokens, *shape[4:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys and values."""
+        return self._paged.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lives."""
+        return self._paged.device
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over the layers and heads held here."""
+        return self._paged.nbytes // self.blocks if self.blocks else 0
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store `k`, `v` `[tokens, heads, head_dim]` of an absolute layer; slot = block × block_tokens + offset."""
+        local = self._flat[layer - self.layers[0]]
+        local[0].index_copy_(0, slots, k)
+        local[1].index_copy_(0, slots, v)
+
+    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V `[sequences, table × block_tokens, heads, head_dim]` for block tables `[sequences, table]`."""
+        local = self._paged[layer - self.layers[0]]
+        shape = (blocks.shape[0], blocks.shape[1] * self.block_tokens, *local.shape[3:])
+        index = blocks.reshape(-1)
+        return local[0].index_select(0, index).view(shape), local[1].index_select(0, index).view(shape)
+
+    def extract(
+        self, blocks: Sequence[int], tokens: int, layers: tuple[int, int], heads: tuple[int, int]
+    ) -> Tensor:
+        """A contiguous copy `[layers, 2, tokens, heads, head_dim]` of the first `tokens` tokens of a block table.
+
+        `layers` and `heads` are absolute ranges within those held here.
+        """
+        local = self._box(layers, heads)
+        return local.index_select(2, self._slots(blocks, tokens)).contiguous()
+
+    def insert(
+        self, blocks: Sequence[int], tokens: int, layers: tuple[int, int], heads: tuple[int, int], data: Tensor
+    ) -> None:
+        """Store what `extract` returned, perhaps elsewhere, for the same ranges."""
+        local = self._box(layers, heads)
+        local.index_copy_(2, self._slots(blocks, tokens), data.to(local))
+
+    def _box(self, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
+        if not _within(layers, self.layers) or not _within(heads, self.heads):
+            raise ValueError(
+                f"layers {layers}, KV heads {heads} are not within layers {self.layers}, KV heads {self.heads}"
+            )
+        first_layer, first_head = self.layers[0], self.heads[0]
+        return self._flat[
+            layers[0] - first_layer : layers[1] - first_layer, :, :, heads[0] - first_head : heads[1] - first_head
+        ]
+
+    def _slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
+        if blocks_for(tokens, self.block_tokens) > len(blocks):
+            raise ValueError(f"{tokens} tokens do not fit in {len(blocks)} blocks of {self.block_tokens}")
+        table = torch.tensor(blocks, dtype=torch.long, device=self.device)[:, None] * self.block_tokens
+        return (table + torch.arange(self.block_tokens, device=self.device)).reshape(-1)[:tokens]
+
+
+def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] <= inner[1] <= outer[1]
