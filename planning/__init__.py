@@ -1,0 +1,1 @@
+"""Pure decisions: which configuration, which device, which bytes, in which order, and until when."""
