@@ -1,0 +1,1 @@
+"""Prefect flows: thin jobs around what the floors below compute."""

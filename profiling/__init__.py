@@ -1,0 +1,1 @@
+"""Measurements on real devices: step times and links."""
