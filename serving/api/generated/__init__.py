@@ -1,0 +1,1 @@
+"""Code generated from `serving/api/proto`; `python -m serving.api.generate` writes it."""
