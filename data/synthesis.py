@@ -12,7 +12,6 @@ from data.availability import AvailabilityTrace, Change
 from data.errors import InvalidInput
 from data.workload import Request, Workload
 
-
 Vector = npt.NDArray[np.float64]
 
 

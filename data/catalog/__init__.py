@@ -1,0 +1,56 @@
+"""Known instance types, with prices and where each is from, and known model shapes.
+
+`instances.json` and `models.json` beside this file are the catalog; bytes, bytes/s and US dollars per hour.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from data.cluster import InstanceType
+from data.errors import InvalidInput
+from data.models import ModelSpec
+
+
+def instance_names() -> tuple[str, ...]:
+    """Names that `instance_type` knows."""
+    return tuple(_entries("instances"))
+
+
+def model_names() -> tuple[str, ...]:
+    """Names that `model_shape` knows."""
+    return tuple(_entries("models"))
+
+
+def instance_type(name: str) -> InstanceType:
+    """The instance type of this name. Raises `InvalidInput` listing the known ones."""
+    fields = {key: value for key, value in _entry("instances", name).items() if key != "source"}
+    return InstanceType(name=name, **fields)
+
+
+def instance_sources(name: str) -> dict[str, str]:
+    """Where the hardware figures and each price of an instance type are from."""
+    return dict(_entry("instances", name)["source"])
+
+
+def model_shape(name: str) -> ModelSpec:
+    """The dimensions of a known model. Raises `InvalidInput` listing the known ones."""
+    return ModelSpec.from_hf_config(_entry("models", name)["config"], name=name)
+
+
+@cache
+def _entries(kind: str) -> dict[str, Any]:
+    entries: dict[str, Any] = json.loads(files("data.catalog").joinpath(f"{kind}.json").read_text(encoding="utf-8"))
+    return entries
+
+
+def _entry(kind: str, name: str) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = _entries(kind)[name]
+    except KeyError:
+        known = ", ".join(_entries(kind))
+        raise InvalidInput(f"the catalog of {kind} has no {name!r}; it has {known}") from None
+    return entry
