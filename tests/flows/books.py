@@ -1,0 +1,62 @@
+"""A small plan book and profile, made by hand."""
+
+from __future__ import annotations
+
+from data.cluster import ClusterSpec, ClusterState, InstanceType
+from data.layout import ParallelConfig
+from data.models import ModelSpec
+from data.plan import Candidate, Estimate, Objective, Plan, PlanBook
+from data.profile import Fingerprint, Profile
+
+MODEL = ModelSpec(
+    name="Tiny/Llama",
+    family="llama",
+    layers=4,
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=128,
+    vocab=256,
+    max_positions=256,
+)
+LOCAL = InstanceType(
+    name="local-cpu",
+    devices=1,
+    accelerator="cpu",
+    memory_bytes=1 << 30,
+    network_bytes_per_s=1e9,
+    local_bytes_per_s=4e9,
+    price_on_demand_usd_h=0.04,
+    price_spot_usd_h=0.01,
+)
+
+
+def plan(instances: int, max_batch: int) -> Plan:
+    """A plan that uses every instance as a pipeline stage."""
+    state = ClusterState.of({"local-cpu": instances})
+    config = ParallelConfig(replicas=1, stages=instances, shards=1, max_batch=max_batch)
+    estimate = Estimate(latency_s=1.0 / instances, throughput_rps=float(instances), memory_bytes=10**8 // instances)
+    return Plan(state, config, estimate, "lowest latency | of all", (Candidate(config, estimate),), "one stage less")
+
+
+def book(max_batch: int = 4, instances: int = 3) -> PlanBook:
+    """Plans for every state of a fleet of `instances` one-device machines; the empty fleet cannot serve."""
+    empty = Plan(ClusterState.of({}), None, None, "no devices")
+    plans = (empty, *(plan(count, max_batch) for count in range(1, instances + 1)))
+    cluster = ClusterSpec("local-4", (LOCAL,), (instances,))
+    return PlanBook(MODEL, cluster, Objective(1.0, 32, 16), "latency", profile().sha256, plans)
+
+
+def profile() -> Profile:
+    """Two step times and one link time."""
+    fingerprint = Fingerprint.of(
+        device="cpu", devices=1, cpu="test", cores=2, memory_bytes=1 << 30, os="linux", python="3.11", torch="2"
+    )
+    shared = {"layers": 2, "shards": 1, "spread_ms": 0.1, "repeats": 3, "part": "layers"}
+    steps = [
+        {**shared, "phase": "prefill", "batch": 1, "tokens": 32, "context": 0, "time_ms": 3.0},
+        {**shared, "phase": "decode", "batch": 2, "tokens": 1, "context": 32, "time_ms": 1.0},
+    ]
+    links = [{"kind": "network", "bytes": 1 << 20, "time_ms": 1.0, "repeats": 3}]
+    return Profile.of(MODEL, fingerprint, steps, links)
