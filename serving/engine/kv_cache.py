@@ -63,9 +63,7 @@ class KvCache:
         index = blocks.reshape(-1)
         return local[0].index_select(0, index).view(shape), local[1].index_select(0, index).view(shape)
 
-    def extract(
-        self, blocks: Sequence[int], tokens: int, layers: tuple[int, int], heads: tuple[int, int]
-    ) -> Tensor:
+    def extract(self, blocks: Sequence[int], tokens: int, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
         """A contiguous copy `[layers, 2, tokens, heads, head_dim]` of the first `tokens` tokens of a block table.
 
         `layers` and `heads` are absolute ranges within those held here.

@@ -75,7 +75,7 @@ class CheckpointReader:
         `shape` is what the whole tensor should measure; without it any is accepted.
         """
         if name not in self._file_of:
-            raise CorruptData(f"checkpoint {self._directory} lacks the tensor {name}; it is incomplete, copy it again")
+            raise CorruptData(f"checkpoint {self._directory} lacks the tensor {name}; copy it again")
         view = self._open(self._file_of[name]).get_slice(name)
         stored = tuple(view.get_shape())
         if shape is not None and stored != tuple(shape):
@@ -98,7 +98,7 @@ class CheckpointReader:
             raise CorruptData(f"{self._directory / _INDEX} has no weight_map; copy the checkpoint again")
         missing = sorted(file for file in set(weight_map.values()) if not (self._directory / file).is_file())
         if missing:
-            raise CorruptData(f"checkpoint {self._directory} lacks the file {missing[0]}; it is incomplete, copy it again")
+            raise CorruptData(f"checkpoint {self._directory} lacks the file {missing[0]}; copy it again")
         return {str(name): str(file) for name, file in weight_map.items()}
 
     def _open(self, file: str) -> Any:

@@ -1,0 +1,104 @@
+"""Layers that own their part of the weights: sharded linears, embeddings, attention over the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.models import ModelSpec, Unit, unit_range
+from serving.engine.kv_cache import KvCache
+from serving.engine.numerics import Linear, Numerics
+from serving.engine.place import Communicator, Place
+from serving.engine.step import StepTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What layers of one place are made from: its weights under their checkpoint names."""
+
+    spec: ModelSpec
+    place: Place
+    weights: Mapping[str, Tensor]
+    numerics: Numerics
+    comm: Communicator
+
+    def vector(self, name: str) -> Tensor:
+        """A weight as it is: a norm's scale, a table of positions."""
+        return self.weights[name]
+
+    def column_linear(self, *names: str) -> Linear:
+        """Linears with the same input side by side, as one: their outputs are concatenated."""
+        weight = torch.cat([self.weights[f"{name}.weight"] for name in names])
+        biases = [self.weights[f"{name}.bias"] for name in names if f"{name}.bias" in self.weights]
+        return self.numerics.column_linear(weight, torch.cat(biases) if biases else None)
+
+    def row_linear(self, name: str, unit: Unit) -> Linear:
+        """A linear whose input is cut over the shards by `unit`."""
+        low, high = self.place.query_heads(self.spec)
+        ranges = [unit_range(self.spec, unit, head, self.spec.heads) for head in range(low, high)]
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return self.numerics.row_linear(weight, bias, [stop - start for start, stop in ranges], self.comm)
+
+
+class VocabEmbedding:
+    """Token embedding, rows cut over the shards."""
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        self._table = parts.weights[name]
+        self._comm = parts.comm
+        self._start, self._stop = unit_range(parts.spec, "vocab", parts.place.shard, parts.place.shards)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Rows `[n, hidden]`: one shard contributes its row, the others exact zeros."""
+        if self._comm.size == 1:
+            return self._table[tokens]
+        own = (tokens >= self._start) & (tokens < self._stop)
+        rows = self._table[torch.where(own, tokens - self._start, 0)].masked_fill_(~own[:, None], 0.0)
+        return self._comm.all_reduce(rows)
+
+
+class VocabHead:
+    """Logits of sampled rows, vocabulary cut over the shards, gathered on shard 0."""
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        spec, place = parts.spec, parts.place
+        ranges = (unit_range(spec, "vocab", shard, place.shards) for shard in range(place.shards))
+        self._sizes = [stop - start for start, stop in ranges]
+        self._linear = parts.numerics.column_linear(parts.weights[name], None)
+        self._comm = parts.comm
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        """float32 `[n, vocab]` on shard 0, None elsewhere."""
+        return self._comm.gather(self._linear(hidden).float(), self._sizes)
+
+
+class Attention:
+    """Attention of the local heads over the paged cache."""
+
+    def __init__(self, parts: Parts, cache: KvCache) -> None:
+        spec = parts.spec
+        self._numerics, self._cache = parts.numerics, cache
+        low, high = parts.place.query_heads(spec)
+        self.heads, self.kv_heads = high - low, cache.heads[1] - cache.heads[0]
+        served = [head * spec.kv_heads // spec.heads - cache.heads[0] for head in range(low, high)]
+        group = self.heads // self.kv_heads
+        even = served == [head // group for head in range(self.heads)]
+        # Cuts inside a group of query heads leave KV heads with unequal numbers of them: expand then.
+        self._expand = None if even else torch.tensor(served, device=cache.device)
+        self._shape = (self.kv_heads, group, spec.head_dim) if even else (self.heads, 1, spec.head_dim)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: StepTensors) -> Tensor:
+        """q `[n, heads, head_dim]`, k and v `[n, kv_heads, head_dim]` → `[n, heads · head_dim]`; caches k and v."""
+        self._cache.write(layer, step.slots, *self._numerics.cacheable(k, v))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for group in step.groups:
+            keys, values = self._cache.read(layer, group.blocks)
+            if self._expand is not None:
+                keys, values = keys.index_select(2, self._expand), values.index_select(2, self._expand)
+            queries = q.index_select(0, group.rows).view(-1, group.tokens, *self._shape)
+            mixed = self._numerics.attend(queries, keys, values, group.visible)
+            out.index_copy_(0, group.rows, mixed.reshape(-1, *q.shape[1:]))
+        return out.flatten(1)

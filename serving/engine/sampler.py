@@ -1,0 +1,88 @@
+"""From logits to tokens: row by row, the same wherever and in whatever company a row is sampled."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serving.engine.batch import SampledToken, SequenceStep, StepPlan
+from serving.engine.exact import softmax_terms
+from serving.requests import Sampling, TopLogprob
+
+_MASK64 = (1 << 64) - 1
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
+    """One token for each sequence of the plan with `sampling` set; `logits` `[those, vocab]` in plan order.
+
+    Greedy where the temperature is 0; equal logits go to the lowest id. Otherwise a draw that depends
+    on the row, the request's seed and the output index alone. Log-probabilities are those of the
+    untempered distribution.
+    """
+    sequences = [sequence for sequence in plan.sequences if sequence.sampling is not None]
+    scores = torch.nan_to_num(logits.double(), nan=-math.inf).clamp_(-1e30, 1e30)
+    normalizers = _log_normalizers(scores)
+    greedy = _lowest_argmax(scores)
+    return [_sampled(sequence, scores[row], normalizers[row], greedy[row]) for row, sequence in enumerate(sequences)]
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) from the counter-based generator Philox under key `seed` and counter `index`."""
+    generator = np.random.Philox(key=[seed & _MASK64, (seed >> 64) & _MASK64], counter=[0, index & _MASK64, 0, 0])
+    return (int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def _sampled(sequence: SequenceStep, scores: Tensor, normalizer: float, greedy: int) -> SampledToken:
+    sampling = sequence.sampling or Sampling()
+    token = greedy
+    if sampling.temperature > 0:
+        row = np.ascontiguousarray(scores.cpu().numpy())
+        token = draw(row, sampling, uniform(sampling.seed, sequence.output_index))
+    logprob = float(scores[token]) - normalizer
+    return SampledToken(sequence.key, token, logprob, _alternatives(scores, normalizer, sampling.logprobs))
+
+
+def draw(scores: NDArray[np.float64], sampling: Sampling, point: float) -> int:
+    """The token at `point` in [0, 1) of the distribution: temperature first, then top-k, then top-p.
+
+    Candidates are in order of decreasing probability, equals in order of id. Top-p keeps the fewest
+    that reach that probability.
+    """
+    scaled = (scores - scores.max()) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k > 0:
+        order = order[: sampling.top_k]
+    cumulative = np.cumsum(np.exp(scaled[order]))
+    kept = len(order)
+    if sampling.top_p < 1.0:
+        kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1
+    index = int(np.searchsorted(cumulative[:kept], point * cumulative[kept - 1], side="right"))
+    return int(order[min(index, kept - 1)])
+
+
+def _lowest_argmax(scores: Tensor) -> list[int]:
+    """Index of each row's maximum, the lowest of equals (which `argmax` leaves open)."""
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    best = scores.amax(-1, keepdim=True)
+    result: list[int] = torch.where(scores == best, ids, scores.shape[1]).amin(-1).tolist()
+    return result
+
+
+def _log_normalizers(scores: Tensor) -> list[float]:
+    """log of the sum of exp of each row; the sum is exact, so it does not depend on the batch."""
+    best = scores.amax(-1).tolist()
+    _, totals = softmax_terms(scores)
+    return [high + math.log(total) for high, total in zip(best, totals[:, 0].tolist(), strict=True)]
+
+
+def _alternatives(scores: Tensor, normalizer: float, count: int) -> list[TopLogprob]:
+    if count <= 0:
+        return []
+    row = scores.cpu().numpy()
+    order = np.argsort(-row, kind="stable")[:count]
+    return [TopLogprob(int(token), float(row[token]) - normalizer) for token in order]
