@@ -40,20 +40,21 @@ def assign(
     kv_tokens: Sequence[int] = (),
     inherits: Sequence[int] | None = None,
     kv_element_bytes: int | None = None,
+    keep_intact: bool = True,
 ) -> MappedLayout:
     """Bind `new` to `devices` so that the reused bytes of weights and live KV are most.
 
     `resident` says what devices hold (default: what their position in `old` keeps), `kv_tokens`
     how many tokens are cached in every old replica, `inherits` which new replica goes on with
-    which old one (default: chosen here). Replicas of unchanged shape whose devices all remain are
-    left alone; tensor-parallel groups keep to the fewest instances (`near_matching`); among
+    which old one (default: chosen here). With `keep_intact`, replicas of unchanged shape whose devices
+    all remain are left alone, even where breaking one up would save another's KV; tensor-parallel groups keep to the fewest instances (`near_matching`); among
     equals a device keeps its position. Equal inputs give equal layouts, whatever the order of
     `devices`. Raises `Infeasible` if there are too few devices.
     """
     usable = sorted(set(devices))
     if len(usable) < new.devices:
         raise Infeasible(f"{new} needs {new.devices} devices and {len(usable)} are usable; choose a smaller one")
-    kept = _intact(old, new, usable, kv_tokens, inherits)
+    kept = _intact(old, new, usable, kv_tokens, inherits) if keep_intact else ()
     if inherits is None:
         inherits = _inheritance(old, new, kv_tokens, dict(kept))
     known = {**(layout_boxes(spec, old) if old else {}), **(resident or {})}

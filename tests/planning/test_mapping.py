@@ -62,7 +62,7 @@ def test_assignment_equals_brute_force(change: Change, data: st.DataObject) -> N
     old, new, usable = change
     assume(new.devices <= 6)
     kv_tokens = data.draw(st.lists(st.integers(0, 50), min_size=old.config.replicas, max_size=old.config.replicas))
-    mapped = assign(SPEC, new, usable, old=old, kv_tokens=kv_tokens)
+    mapped = assign(SPEC, new, usable, old=old, kv_tokens=kv_tokens, keep_intact=False)
     assert mapped.reused_bytes == reused(old, mapped.layout, kv_tokens, mapped.inherits)
     table = {
         (device, column): reused(old, _only(new, column, device, usable), kv_tokens, mapped.inherits)
@@ -81,6 +81,14 @@ def _only(new: ParallelConfig, column: int, device: Device, usable: list[Device]
     """A layout where only `column` has a device that may hold something."""
     blanks = [Device("blank", index) for index in range(new.devices)]
     return Layout(new, (*blanks[:column], device, *blanks[column + 1 :]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(changes())
+def test_intact_replicas_cost_no_weights(change: Change) -> None:
+    old, new, usable = change
+    free = assign(SPEC, new, usable, old=old, keep_intact=False)
+    assert assign(SPEC, new, usable, old=old).reused_bytes == free.reused_bytes
 
 
 @settings(deadline=None, max_examples=30)
