@@ -46,21 +46,23 @@ def assign(
 
     `resident` says what devices hold (default: what their position in `old` keeps), `kv_tokens`
     how many tokens are cached in every old replica, `inherits` which new replica goes on with
-    which old one (default: chosen here). With `keep_intact`, replicas of unchanged shape whose devices
-    all remain are left alone, even where breaking one up would save another's KV; tensor-parallel groups keep to the fewest instances (`near_matching`); among
-    equals a device keeps its position. Equal inputs give equal layouts, whatever the order of
-    `devices`. Raises `Infeasible` if there are too few devices.
+    which old one (default: chosen here). With `keep_intact`, replicas of unchanged shape whose
+    devices all remain are left alone, even where breaking one up would save another's KV.
+    Tensor-parallel groups keep to the fewest instances (`near_matching`); among equals a device
+    keeps its position. Equal inputs give equal layouts, whatever the order of `devices`. Raises
+    `Infeasible` if there are too few devices.
     """
     usable = sorted(set(devices))
     if len(usable) < new.devices:
         raise Infeasible(f"{new} needs {new.devices} devices and {len(usable)} are usable; choose a smaller one")
-    kept = _intact(old, new, usable, kv_tokens, inherits) if keep_intact else ()
+    known = {**(layout_boxes(spec, old) if old else {}), **(resident or {})}
+    values = weight_reuse(spec, new, [known.get(device, ()) for device in usable])
+    whole = _whole_replicas(spec, old, new, usable, values) if old and keep_intact else []
+    kept = _intact(whole, new, kv_tokens, inherits)
     if inherits is None:
         inherits = _inheritance(old, new, kv_tokens, dict(kept))
-    known = {**(layout_boxes(spec, old) if old else {}), **(resident or {})}
-    kv_bytes = 2 * spec.head_dim * (kv_element_bytes or spec.dtype_bytes)
-    values = weight_reuse(spec, new, [known.get(device, ()) for device in usable])
     if old is not None:
+        kv_bytes = 2 * spec.head_dim * (kv_element_bytes or spec.dtype_bytes)
         values = values + kv_bytes * _kv_reuse(spec, old, new, usable, kv_tokens, inherits)
     rows = _fill(values, _preference(old, new, usable), usable, new, _fixed_rows(old, new, usable, kept))
     layout = Layout(new, tuple(usable[row] for row in rows))
@@ -141,18 +143,32 @@ def _cells(spec: ModelSpec, config: ParallelConfig, positions: Sequence[Position
     return np.array([(extent.layers, extent.heads) for extent in extents], dtype=np.int64)
 
 
+def _whole_replicas(
+    spec: ModelSpec, old: Layout, new: ParallelConfig, usable: Sequence[Device], reuse: Matrix
+) -> list[int]:
+    """Old replicas of the new shape whose devices all remain and hold all that their position needs."""
+    if old.config.shape != new.shape:
+        return []
+    rows = {device: row for row, device in enumerate(usable)}
+    needs = [
+        spec.dtype_bytes * sum(box.elements for box in weight_boxes(spec, new, position))
+        for position in new.positions()
+        if not position.replica
+    ]
+    return [
+        replica
+        for replica in range(old.config.replicas)
+        if all(
+            device in rows and reuse[rows[device], column] == needs[column]
+            for column, device in enumerate(old.replica_devices(replica))
+        )
+    ]
+
+
 def _intact(
-    old: Layout | None,
-    new: ParallelConfig,
-    usable: Sequence[Device],
-    kv_tokens: Sequence[int],
-    inherits: Sequence[int] | None,
+    whole: Sequence[int], new: ParallelConfig, kv_tokens: Sequence[int], inherits: Sequence[int] | None
 ) -> tuple[tuple[int, int], ...]:
     """Untouched replicas and their new numbers: those with most cached tokens, under their own number if free."""
-    if old is None or old.config.shape != new.shape:
-        return ()
-    remain = set(usable)
-    whole = [r for r in range(old.config.replicas) if remain.issuperset(old.replica_devices(r))]
     whole = sorted(sorted(whole, key=lambda r: -_tokens(kv_tokens, r))[: new.replicas])
     if inherits is not None:
         return tuple(sorted({inherits[r]: (r, inherits[r]) for r in reversed(whole)}.values()))

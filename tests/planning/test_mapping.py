@@ -136,6 +136,14 @@ def test_more_resident_weights_are_used() -> None:
     assert mapped.reused_bytes == SPEC.weight_bytes
 
 
+def test_a_restarted_device_is_not_intact() -> None:
+    devices = fleet(4, 2)
+    old = Layout(ParallelConfig(2, 1, 2, 4), tuple(devices))
+    mapped = assign(SPEC, old.config, devices, old=old, resident={devices[0]: ()})
+    assert mapped.kept == ((1, 1),)
+    assert mapped.layout == old
+
+
 def test_reuse_counts_several_boxes_of_one_tensor() -> None:
     new = ParallelConfig(1, 1, 1, 1)
     cut = ParallelConfig(1, 1, 2, 1)
