@@ -1,0 +1,123 @@
+"""What has to change to get from the replicas that live now to a target configuration.
+
+Replicas have numbers that are never reused. All live replicas share one shape, because whatever a
+transition does not keep it retires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from data.layout import Device, Layout, ParallelConfig, Position
+from data.models import ModelSpec
+from planning.mapping import assign
+from planning.resharding import Box, WeightPlan, weight_boxes, weight_transfers
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReplica:
+    """A replica whose devices all work: its devices in (stage, shard) order and its cached tokens."""
+
+    number: int
+    config: ParallelConfig
+    devices: tuple[Device, ...]
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NewReplica:
+    """A replica to be built, and the retired replicas whose requests it goes on with."""
+
+    devices: tuple[Device, ...]
+    inherits: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """`keep` goes on untouched, `retire` stops, `new` is built; `config` describes one new replica.
+
+    `needed` are the boxes that each device of a new replica must hold, `weights` where they come from.
+    """
+
+    config: ParallelConfig
+    keep: tuple[int, ...]
+    retire: tuple[int, ...]
+    new: tuple[NewReplica, ...]
+    needed: Mapping[Device, tuple[Box, ...]]
+    weights: WeightPlan
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has to change."""
+        return not self.new and not self.retire
+
+
+def plan_transition(
+    spec: ModelSpec,
+    target: ParallelConfig,
+    *,
+    live: Sequence[LiveReplica],
+    usable: Sequence[Device],
+    resident: Mapping[Device, Sequence[Box]],
+    element_bytes: int,
+) -> Transition:
+    """Map `target` onto the usable devices with the least movement.
+
+    `resident` lists the boxes of every device that still answers, also of those that are leaving:
+    they may serve as sources. Raises `Infeasible` if the target needs more devices than are usable.
+    """
+    ordered = sorted(live, key=lambda replica: replica.number)
+    old = _as_layout(ordered)
+    mapped = assign(
+        spec,
+        target,
+        usable,
+        old=old,
+        resident={device: resident[device] for device in usable if device in resident},
+        kv_tokens=[replica.cached_tokens for replica in ordered],
+        kv_element_bytes=element_bytes,
+    )
+    kept = {after: before for before, after in mapped.kept if ordered[before].config.max_batch == target.max_batch}
+    keep = tuple(sorted(ordered[before].number for before in kept.values()))
+    new = tuple(
+        NewReplica(
+            mapped.layout.replica_devices(index),
+            tuple(ordered[before].number for before, heir in enumerate(mapped.inherits) if heir == index),
+        )
+        for index in range(target.replicas)
+        if index not in kept
+    )
+    needed = _needed(spec, target, new)
+    return Transition(
+        config=replace(target, replicas=1),
+        keep=keep,
+        retire=tuple(replica.number for replica in ordered if replica.number not in keep),
+        new=new,
+        needed=needed,
+        weights=weight_transfers(needed, resident, element_bytes=element_bytes),
+    )
+
+
+def _as_layout(live: Sequence[LiveReplica]) -> Layout | None:
+    if not live:
+        return None
+    devices = tuple(device for replica in live for device in replica.devices)
+    return Layout(replace(live[0].config, replicas=len(live)), devices)
+
+
+def _needed(spec: ModelSpec, target: ParallelConfig, new: Sequence[NewReplica]) -> dict[Device, tuple[Box, ...]]:
+    return {
+        device: weight_boxes(spec, target, Position(0, rank // target.shards, rank % target.shards))
+        for replica in new
+        for rank, device in enumerate(replica.devices)
+    }
+
+
+def retained(held: Sequence[Box], needed: Sequence[Box]) -> tuple[Box, ...]:
+    """What a device holds after it took over `needed`: a box inside a held one stays a view of it."""
+    by_tensor = {box.tensor: box for box in held}
+    return tuple(
+        by_tensor[box.tensor] if box.tensor in by_tensor and by_tensor[box.tensor].overlap(box) == box else box
+        for box in needed
+    )

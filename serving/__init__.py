@@ -1,0 +1,1 @@
+"""The online tier: engine, workers, agents, controller and the gRPC API."""

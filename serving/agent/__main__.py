@@ -1,0 +1,63 @@
+"""Entry point of an agent process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+from serving import lifeline, settings
+from serving.agent.agent import Agent, Dismissed, Identity
+from serving.errors import PerennialError
+
+
+async def _serve(identity: Identity, configuration: settings.ServingSettings) -> int:
+    agent = Agent(identity, configuration)
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGTERM, lambda: agent.notice(identity.grace_s, "sigterm")
+    )
+    await agent.start()
+    try:
+        await lifeline.persist(agent.serve, give_up_s=configuration.timeouts.controller_gone_s)
+    except Dismissed:
+        return 0
+    finally:
+        await agent.stop()
+    logging.getLogger(__name__).error("no controller at %s; giving up", identity.controller)
+    return 1
+
+
+def main() -> int:
+    """Serve until dismissed, or until the controller is gone for good."""
+    parser = argparse.ArgumentParser(prog="serving.agent")
+    for name in ("settings", "instance", "type", "controller"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--notice-file", default="")
+    parser.add_argument("--grace-s", type=float, default=30.0)
+    parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
+    if arguments.lifeline:
+        lifeline.watch_stdin()
+    identity = Identity(
+        arguments.instance,
+        arguments.type,
+        arguments.devices,
+        arguments.controller,
+        arguments.settings,
+        arguments.notice_file,
+        arguments.grace_s,
+    )
+    try:
+        return asyncio.run(_serve(identity, settings.load(arguments.settings)))
+    except PerennialError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The agent of one instance."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from dataclasses import dataclass
+
+from serving import messages as m
+from serving.agent.notices import NoticeFile
+from serving.errors import PerennialError
+from serving.settings import ServingSettings
+from serving.transport import Connection, connect
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this agent is, where its controller listens, and how it learns of a notice."""
+
+    instance: str
+    type: str
+    devices: int
+    controller: str
+    settings_file: str
+    notice_file: str = ""
+    grace_s: float = 30.0
+
+
+class Dismissed(PerennialError):
+    """The controller needs this instance no longer."""
+
+
+class Agent:
+    """Keeps one worker process per device alive and reports what happens to the instance."""
+
+    def __init__(self, identity: Identity, settings: ServingSettings) -> None:
+        self._identity, self._settings = identity, settings
+        self._workers: dict[int, asyncio.subprocess.Process] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._connection: Connection[m.Downward] | None = None
+        self._notice: tuple[float, str] | None = None  # (loop time of the end, source)
+
+    async def start(self) -> None:
+        """Start the workers and the notice watch."""
+        self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._identity.devices)]
+        if self._identity.notice_file:
+            source = NoticeFile(self._identity.notice_file)
+            self._keepers.append(asyncio.create_task(self._watch(source)))
+
+    async def _watch(self, source: NoticeFile) -> None:
+        self.notice(await source.wait(), "file")
+
+    def notice(self, deadline_s: float, source: str) -> None:
+        """The instance will be gone in `deadline_s` seconds; a sooner end replaces a later one."""
+        ends_at = asyncio.get_running_loop().time() + deadline_s
+        if self._notice is None or ends_at < self._notice[0]:
+            self._notice = (ends_at, source)
+            self._tell_notice()
+
+    def _tell_notice(self) -> None:
+        if self._notice is not None and self._connection is not None:
+            left_s = max(0.0, self._notice[0] - asyncio.get_running_loop().time())
+            self._connection.send(m.Notice(self._identity.instance, left_s, self._notice[1]))
+
+    async def serve(self) -> None:
+        """Obey the controller until the connection ends; raises `Dismissed` when told to leave."""
+        settings, identity = self._settings, self._identity
+        host, _, port = identity.controller.rpartition(":")
+        connection = await connect(
+            host, int(port), frame_bytes=settings.capacity.frame_bytes, timeout_s=settings.timeouts.join_s
+        )
+        self._connection = connection
+        connection.send(
+            m.AgentHello(settings.token, identity.instance, identity.type, identity.devices, os.getpid())
+        )
+        self._tell_notice()
+        beat = asyncio.create_task(self._beat(connection))
+        try:
+            async for message in connection:
+                self._obey(message)
+        finally:
+            beat.cancel()
+            self._connection = None
+            await connection.close()
+
+    def _obey(self, message: m.Downward) -> None:
+        if isinstance(message, m.Rejected):
+            raise SystemExit(f"the controller refused this agent: {message.reason}")
+        if isinstance(message, m.Dismiss):
+            raise Dismissed("dismissed")
+        if isinstance(message, m.KillWorker) and message.index in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                self._workers[message.index].kill()
+
+    async def _beat(self, connection: Connection[m.Downward]) -> None:
+        while True:
+            connection.send(m.Heartbeat())
+            await asyncio.sleep(self._settings.timeouts.heartbeat_s)
+
+    async def _keep(self, index: int) -> None:
+        """Run worker `index`, and run it again when it ends."""
+        while True:
+            process = await self._spawn(index)
+            self._workers[index] = process
+            code = await process.wait()
+            logger.warning("worker %s/%d ended with code %d", self._identity.instance, index, code)
+            if self._connection is not None:
+                self._connection.send(m.WorkerExited(self._identity.instance, index, code))
+            await asyncio.sleep(self._settings.timeouts.retry_s)
+
+    async def _spawn(self, index: int) -> asyncio.subprocess.Process:
+        identity = self._identity
+        command = [sys.executable, "-m", "serving.worker", "--settings", identity.settings_file]
+        command += ["--instance", identity.instance, "--index", str(index), "--controller", identity.controller]
+        # The pipe is the worker's lifeline: it ends with this process, whatever ends it.
+        return await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, env=_environment()
+        )
+
+    async def stop(self) -> None:
+        """Kill the workers and wait for them."""
+        for task in self._keepers:
+            task.cancel()
+        for process in self._workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        for process in self._workers.values():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 5.0)
+
+
+def _environment() -> dict[str, str]:
+    """NCCL's watchdog must not end a process whose peers are gone; torch's own warnings about that are noise."""
+    quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    return {**quiet, **os.environ}

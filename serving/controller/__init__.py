@@ -1,0 +1,1 @@
+"""The control plane: membership, dispatch, journal, plans and reconfiguration."""

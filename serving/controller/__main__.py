@@ -1,0 +1,67 @@
+"""Entry point of the controller process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from serving import lifeline, settings
+from serving.api import server
+from serving.controller.controller import Controller
+from serving.errors import PerennialError
+from serving.telemetry import serve_metrics
+
+
+def _announce(path: str, addresses: dict[str, str | int]) -> None:
+    """Write the ready file in one step: a reader sees all of it or nothing."""
+    partial = Path(f"{path}.{os.getpid()}")
+    partial.write_text(json.dumps(addresses))
+    partial.replace(path)
+
+
+async def _serve(configuration: settings.ServingSettings) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    controller, control_port = await Controller.open(configuration)
+    host = configuration.host
+    api, grpc_port = await server.start(
+        controller, host=host, port=configuration.grpc_port, message_bytes=configuration.capacity.message_bytes
+    )
+    metrics = serve_metrics(controller.metrics.registry, host, configuration.metrics_port)
+    if configuration.ready_file:
+        addresses = {"grpc": f"{host}:{grpc_port}", "control": f"{host}:{control_port}"}
+        _announce(
+            configuration.ready_file, {**addresses, "metrics": f"{host}:{metrics.port}", "pid": os.getpid()}
+        )
+    await stopping.wait()
+    await api.stop(1.0)
+    metrics.close()
+    await controller.close()
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(prog="serving.controller")
+    parser.add_argument("--settings", required=True)
+    parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
+    if arguments.lifeline:
+        lifeline.watch_stdin()
+    try:
+        asyncio.run(_serve(settings.load(arguments.settings)))
+    except PerennialError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The fleet's log: numbered events, kept for late readers and pushed to live ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+from serving.requests import Event
+
+logger = logging.getLogger(__name__)
+
+
+class EventLog:
+    """The latest `kept` events; readers follow at their own pace."""
+
+    def __init__(self, kept: int = 20_000) -> None:
+        self._events: deque[Event] = deque(maxlen=kept)
+        self._next = 1
+        self._changed = asyncio.Event()
+
+    def emit(self, kind: str, **data: object) -> None:
+        """Append an event and wake the readers."""
+        self._events.append(Event(sequence=self._next, time_s=time.time(), kind=kind, data=data))
+        self._next += 1
+        logger.info("%s %s", kind, data)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def follow(self, since: int) -> AsyncIterator[Event]:
+        """Kept events after `since`, then new ones for ever."""
+        while True:
+            changed = self._changed
+            for event in [event for event in self._events if event.sequence > since]:
+                since = event.sequence
+                yield event
+            if not self._events or self._events[-1].sequence <= since:
+                await changed.wait()

@@ -1,0 +1,372 @@
+"""Keeps the layout in step with the fleet: one reconfiguration at a time, again until nothing is to change."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from data.errors import Infeasible
+from data.layout import Device, ParallelConfig
+from data.models import ModelSpec
+from data.plan import PlanBook
+from planning.resharding import Box
+from planning.transition import LiveReplica, Transition, plan_transition
+from serving import messages as m
+from serving.controller.dispatch import Dispatcher, Replica
+from serving.controller.events import EventLog
+from serving.controller.journal import Journal
+from serving.controller.ledger import Ledger
+from serving.controller.membership import InstanceState, Membership
+from serving.controller.phases import TransitionFailed
+from serving.controller.reconfiguration import Outcome, Reconfiguration
+from serving.controller.records import Record
+from serving.controller.rendezvous import Rendezvous
+from serving.errors import Aborted
+from serving.settings import ServingSettings
+from serving.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_RETRY_S = 5.0
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Fleet:
+    """The replicas that live, and the loop that turns them into what the plan book says."""
+
+    def __init__(
+        self,
+        settings: ServingSettings,
+        spec: ModelSpec,
+        book: PlanBook,
+        *,
+        journal: Journal,
+        ledger: Ledger,
+        events: EventLog,
+        metrics: Metrics,
+    ) -> None:
+        self._settings, self._spec, self.book = settings, spec, book
+        self._journal, self._ledger, self._events, self._metrics = journal, ledger, events, metrics
+        self.membership = Membership(settings, self)
+        self.dispatcher = Dispatcher()
+        self.epoch = journal.meta("epoch", 0)
+        self.config: ParallelConfig | None = None
+        self.no_capacity = False
+        self._last_number = self.epoch * 1000  # replica numbers stay unique over restarts too
+        self._resident: dict[Device, tuple[Box, ...]] = {}
+        self._stores: dict[int, Rendezvous] = {}
+        self._current: Reconfiguration | None = None
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._broken = False  # a replica failed since the last layout
+
+    async def start(self) -> int:
+        """Listen for agents and begin; returns the control port."""
+        port = await self.membership.start()
+        self._task = asyncio.create_task(self._reconfigure_forever())
+        return port
+
+    async def stop(self) -> None:
+        """Dismiss everyone and stop."""
+        if self._task:
+            self._task.cancel()
+        for name in list(self.membership.instances):
+            self.membership.dismiss(name)
+        await self.membership.stop()
+        for store in self._stores.values():
+            store.close()
+
+    def adopt_book(self, book: PlanBook) -> None:
+        """Serve by another plan book from now on."""
+        self.book = book
+        self.fleet_changed()
+
+    # -- membership's listener ------------------------------------------------------------------------
+
+    def fleet_changed(self) -> None:
+        """Look at the fleet again soon."""
+        self._changed.set()
+
+    def instance_joined(self, instance: InstanceState) -> None:
+        """A complete instance."""
+        self._events.emit("instance_joined", instance=instance.name, type=instance.type, devices=instance.devices)
+
+    def instance_noticed(self, instance: InstanceState, deadline_s: float, source: str) -> None:
+        """An instance will leave; a preparation that counts on it is void."""
+        self._events.emit("notice", instance=instance.name, deadline_s=deadline_s, source=source)
+        self._metrics.preemption(source)
+        if self._current and any(d.instance == instance.name for r in self._current.new for d in r.devices):
+            self._current.cancel(f"{instance.name} is leaving")
+
+    def instance_lost(self, instance: InstanceState, reason: str) -> None:
+        """An instance is gone."""
+        for index in range(instance.devices):
+            self._resident.pop(Device(instance.name, index), None)
+        if instance.dismissed:
+            self._events.emit("instance_dismissed", instance=instance.name)
+            return
+        self._events.emit("instance_lost", instance=instance.name, reason=reason)
+        self._metrics.preemption("crash")
+
+    def worker_lost(self, device: Device, reason: str) -> None:
+        """A worker is gone: its replica is broken, and so is a reconfiguration it takes part in."""
+        self._resident.pop(device, None)
+        instance = self.membership.instances.get(device.instance)
+        if instance is None or not instance.dismissed:
+            self._events.emit("worker_lost", device=str(device), reason=reason)
+        if self._current is not None:
+            self._current.lost(device, reason)
+        for replica in list(self.dispatcher.replicas.values()):
+            if device in replica.devices:
+                self._break(replica, f"{device} was lost")
+
+    def worker_said(self, device: Device, message: m.Upward) -> None:
+        """Tokens go to the ledger, everything else to the reconfiguration under way."""
+        if isinstance(message, m.Tokens):
+            self._take(device, message)
+            return
+        if isinstance(message, m.Failed) and message.phase == "step":
+            replica = self.dispatcher.replicas.get(message.replica)
+            if replica is not None:
+                self._break(replica, message.reason)
+        if self._current is not None:
+            self._current.heard(device, message)
+
+    # -- work -----------------------------------------------------------------------------------------
+
+    def _take(self, device: Device, message: m.Tokens) -> None:
+        replica = self.dispatcher.replicas.get(message.replica)
+        if replica is None:
+            return
+        replica.running, replica.waiting, replica.kv_usage = message.running, message.waiting, message.kv_usage
+        for emission in message.emissions:
+            record = replica.records.get(emission.key)
+            if record is None:
+                continue
+            if not self._ledger.take(record, emission):
+                self._break(replica, f"request {record.request.request_id} skipped a token")
+                return
+            if record.finish is not None:
+                self._let_go(record, told=emission.finish is not None)
+        number = message.replica
+        self._ledger.after_commit(lambda: self.membership.send(device, m.Taken(number, 1)))
+        self.dispatch()
+
+    def _let_go(self, record: Record, *, told: bool) -> None:
+        """A record ended; its leader is told unless it said so itself."""
+        replica = self.dispatcher.release(record)
+        if replica is not None and not told:
+            self.membership.send(replica.leader, m.Cancel(replica.number, [record.key]))
+
+    def end(self, record: Record, reason: str) -> None:
+        """Abort a record, or let it miss its deadline, wherever it is."""
+        self._ledger.end(record, "deadline" if reason == "deadline" else "abort")
+        self._let_go(record, told=False)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Hand queued requests to replicas with room."""
+        now = asyncio.get_running_loop().time()
+        for number, records in self.dispatcher.assign().items():
+            replica = self.dispatcher.replicas[number]
+            self.membership.send(replica.leader, m.Submit(number, [record.assignment(now) for record in records]))
+
+    def _break(self, replica: Replica, reason: str) -> None:
+        """A replica failed: what it worked on is replayed elsewhere, its survivors drop it."""
+        if replica.number not in self.dispatcher.replicas:
+            return
+        self._events.emit("replica_failed", epoch=replica.epoch, replica=replica.number, reason=reason)
+        if self._current is not None and replica in self._current.retired:
+            # Its KV is gone, and with it the transfers that were planned.
+            self._current.fail(f"replica {replica.number} failed: {reason}")
+        self._broken = True
+        self._replay(self.dispatcher.drop([replica.number]))
+        for device in replica.devices:
+            self.membership.send(device, m.Retire([replica.number]))
+        self.dispatch()
+        self.fleet_changed()
+
+    def _replay(self, records: Sequence[Record]) -> None:
+        """Queue requests to be recomputed from their journalled tokens; give up on the unlucky."""
+        kept = []
+        for record in records:
+            record.recoveries += 1
+            if record.recoveries > self._settings.capacity.recoveries:
+                record.failure = Aborted(
+                    f"given up after {record.recoveries - 1} recoveries with {len(record.output)} tokens delivered",
+                    tokens=len(record.output),
+                )
+                self._ledger.end(record, "abort")
+                continue
+            self._metrics.replayed(len(record.request.prompt) + len(record.output))
+            kept.append(record)
+        self._metrics.migration("replay", len(kept))
+        self.dispatcher.requeue(kept)
+
+    # -- reconfiguration --------------------------------------------------------------------------------
+
+    async def _reconfigure_forever(self) -> None:
+        timeouts = self._settings.timeouts
+        await self._gather()
+        failures = 0
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(timeouts.settle_s)
+            self._changed.clear()
+            try:
+                await self._step()
+                failures = 0
+            except Exception as error:  # noqa: BLE001 - the loop must outlive whatever one attempt meets
+                failures += 1
+                if not isinstance(error, TransitionFailed):
+                    logger.exception("epoch %d", self.epoch)
+                self._events.emit("reconfiguration_failed", epoch=self.epoch, reason=str(error))
+                await asyncio.sleep(min(timeouts.retry_s * 2 ** (failures - 1), _LONGEST_RETRY_S))
+                self.fleet_changed()
+
+    async def _gather(self) -> None:
+        """Before the first layout: wait for the expected instances, but not for ever."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._settings.timeouts.gather_s
+        while clock() < until:
+            if sum(one.usable for one in self.membership.instances.values()) >= self._settings.expected_instances:
+                return
+            await asyncio.sleep(0.02)
+
+    async def _step(self) -> None:
+        """One look at the fleet, and what follows from it."""
+        target = self._target()
+        transition = self._plan(target) if target else None
+        if transition is None:
+            self._report_capacity()
+            self._dismiss_idle()
+            return
+        if not transition.empty:
+            await self._carry_out(transition, target)
+        self.config = target
+        self._report_capacity()
+        self._dismiss_idle()
+
+    def _target(self) -> ParallelConfig | None:
+        return self.book.plan_for(self.membership.state()).config
+
+    def _plan(self, target: ParallelConfig) -> Transition | None:
+        live = [
+            LiveReplica(one.number, one.config, one.devices, self._cached_tokens(one))
+            for one in self.dispatcher.replicas.values()
+        ]
+        resident = {device: boxes for device, boxes in self._resident.items() if self.membership.connected(device)}
+        try:
+            return plan_transition(
+                self._spec,
+                target,
+                live=live,
+                usable=self.membership.usable_devices(),
+                resident=resident,
+                element_bytes=_ELEMENT_BYTES[self._settings.engine.dtype],
+            )
+        except Infeasible as error:
+            logger.warning("%s", error)
+            return None
+
+    def _cached_tokens(self, replica: Replica) -> int:
+        return sum(len(record.request.prompt) + len(record.output) for record in replica.records.values())
+
+    async def _carry_out(self, transition: Transition, target: ParallelConfig) -> None:
+        self.epoch += 1
+        await self._journal.set_meta("epoch", self.epoch)
+        retired = [self.dispatcher.replicas[number] for number in transition.retire]
+        before = str(self.config) if self.config else ""
+        mode = "recovery" if self._broken else "planned"
+        self._events.emit("reconfiguration_started", epoch=self.epoch, **{"from": before, "to": str(target)}, mode=mode)
+        attempt = Reconfiguration(
+            self.epoch, transition, retired, self._spec, self._settings, self.membership, self._number, self._resident
+        )
+        self._current = attempt
+        try:
+            outcome = await attempt.run(self._prepared, lambda: self._hold(retired))
+        except TransitionFailed:
+            attempt.undo()
+            if attempt.paused:
+                self._replay(self.dispatcher.drop(transition.retire))
+            raise
+        finally:
+            self._current = None
+        self._commit(transition, outcome, attempt, target, mode)
+
+    def _number(self) -> int:
+        self._last_number += 1
+        return self._last_number
+
+    def _prepared(self, seconds: float) -> None:
+        self._events.emit("reconfiguration_prepared", epoch=self.epoch, seconds=seconds)
+
+    def _hold(self, retired: Sequence[Replica]) -> None:
+        for replica in retired:
+            replica.serving = False
+
+    def _commit(
+        self, transition: Transition, outcome: Outcome, attempt: Reconfiguration, target: ParallelConfig, mode: str
+    ) -> None:
+        """The new replicas are running: make them the layout, and give everyone else work again."""
+        self._resident.update(outcome.resident)
+        for replica in outcome.new:
+            self.dispatcher.replicas[replica.number] = replica
+        for one in outcome.adopted:
+            record = one.source.records.pop(one.resident.key, None)
+            if record is None or record.finish is not None:  # ended while its KV was moving
+                self.membership.send(one.target.leader, m.Cancel(one.target.number, [one.resident.key]))
+            else:
+                self.dispatcher.bind(record, one.target)
+        left = self.dispatcher.drop(transition.retire)
+        self._replay(left)
+        self.config, self._broken = target, False
+        if attempt.store is not None:
+            self._stores[outcome.epoch] = attempt.store
+        self._close_stores()
+        self._report_layout(outcome, len(left), mode)
+        self._metrics.migration("move", len(outcome.adopted))
+        for phase, seconds in outcome.seconds.items():
+            self._metrics.reconfiguration(phase, seconds)
+        self.dispatch()
+
+    def _close_stores(self) -> None:
+        in_use = {replica.epoch for replica in self.dispatcher.replicas.values()}
+        for epoch in [epoch for epoch in self._stores if epoch not in in_use]:
+            self._stores.pop(epoch).close()
+
+    def _report_layout(self, outcome: Outcome, replayed: int, mode: str) -> None:
+        positions = [
+            {"replica": index, "stage": rank // one.config.shards, "shard": rank % one.config.shards, "device": str(d)}
+            for index, one in enumerate(self.dispatcher.replicas.values())
+            for rank, d in enumerate(one.devices)
+        ]
+        self._events.emit(
+            "layout",
+            epoch=outcome.epoch,
+            mode=mode,
+            config=str(self.config),
+            positions=positions,
+            moved=outcome.moved,
+            seconds=outcome.seconds,
+            requests_moved=len(outcome.adopted),
+            requests_replayed=replayed,
+        )
+
+    def _report_capacity(self) -> None:
+        starved = not self.dispatcher.replicas
+        if starved and not self.no_capacity:
+            self._events.emit("no_capacity", devices=len(self.membership.usable_devices()))
+        if self.no_capacity and not starved:
+            self._events.emit("capacity_returned")
+        self.no_capacity = starved
+        self.dispatch()
+
+    def _dismiss_idle(self) -> None:
+        """Instances that are leaving and hold no position any more may go."""
+        busy = {device.instance for replica in self.dispatcher.replicas.values() for device in replica.devices}
+        for name, instance in self.membership.instances.items():
+            if instance.leaving_at is not None and not instance.dismissed and name not in busy:
+                self.membership.dismiss(name)
+

@@ -1,0 +1,188 @@
+"""All requests the controller knows, and the one task that makes their tokens durable.
+
+Tokens are taken into memory at once, written in one group per commit, and only then shown to
+listeners. While a commit is under way the next group gathers, so its size follows the load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from tokenizers import Tokenizer
+
+from serving.controller.journal import Journal, JournalFull, StoredRequest
+from serving.controller.records import Record, TextScanner
+from serving.errors import AlreadyExists, NotFound, QueueFull
+from serving.messages import Emission
+from serving.requests import FinishReason, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+
+class Ledger:
+    """Records by key and by request id."""
+
+    def __init__(self, journal: Journal, tokenizer: Tokenizer, *, finished_kept: int) -> None:
+        self._journal, self._tokenizer, self._finished_kept = journal, tokenizer, finished_kept
+        self.records: dict[int, Record] = {}
+        self._by_id: dict[str, Record] = {}
+        self._finished: deque[int] = deque()
+        self._next_key = 1
+        self._dirty: dict[int, Record] = {}
+        self._after_commit: list[Callable[[], None]] = []
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._commit_forever())
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def find(self, request_id: str) -> Record:
+        """The record of a request id. Raises `NotFound`."""
+        record = self._by_id.get(request_id)
+        if record is None:
+            raise NotFound(f"no request {request_id} is known here; it may have been forgotten after it ended")
+        return record
+
+    def known(self, request: GenerationRequest) -> Record | None:
+        """The record of the same request submitted before. Raises `AlreadyExists` if it differs."""
+        record = self._by_id.get(request.request_id)
+        if record is not None and record.request.prompt != request.prompt:
+            raise AlreadyExists(f"request id {request.request_id} is in use by another prompt; choose another id")
+        return record
+
+    def restore(self) -> list[Record]:
+        """Bring back what the journal knows; returns the unfinished records in order of admission."""
+        unfinished = []
+        for stored in self._journal.load(self._finished_kept):
+            record = self._restored(stored)
+            self._remember(record)
+            if record.finish is None:
+                unfinished.append(record)
+            else:
+                self._finished.append(record.key)
+        self._next_key = max(self.records, default=0) + 1
+        return unfinished
+
+    def _restored(self, stored: StoredRequest) -> Record:
+        record = self._record(stored.key, stored.request, age_s=time.time() - stored.admitted)
+        output = stored.output
+        for index, token in enumerate(output.tokens):
+            last = index == len(output.tokens) - 1
+            finish = stored.finish if last else None
+            if record.finish is None:
+                record.append(Emission(stored.key, index, token, output.logprobs[index], output.top[index], finish))
+        record.finish, record.ended = stored.finish, stored.finish is not None
+        record.committed = len(record.output)
+        return record
+
+    def _record(self, key: int, request: GenerationRequest, *, age_s: float = 0.0) -> Record:
+        now = asyncio.get_running_loop().time() - max(0.0, age_s)
+        deadline_at = None if request.deadline_s is None else now + request.deadline_s
+        wants_text = request.detokenize or request.limits.stop
+        scanner = TextScanner(self._tokenizer, request.limits.stop) if wants_text else None
+        return Record(key, request, now, deadline_at, scanner)
+
+    def _remember(self, record: Record) -> None:
+        self.records[record.key] = record
+        self._by_id[record.request.request_id] = record
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    async def admit(self, request: GenerationRequest) -> Record:
+        """Journal a new request. Raises `QueueFull` if the journal has no room."""
+        record = self._record(self._next_key, request)
+        self._next_key += 1
+        self._remember(record)
+        try:
+            await self._journal.admit(record.key, request, time.time())
+        except JournalFull as error:
+            self._forget(record)
+            raise QueueFull(f"{error}; free some space and try again", retry_after_s=5.0) from error
+        return record
+
+    def take(self, record: Record, emission: Emission) -> bool:
+        """Add an emission; False if it does not continue the record (it is then ignored)."""
+        if record.finish is not None:
+            return True
+        if emission.token is None:
+            self.end(record, emission.finish or "abort")
+            return True
+        if emission.index != len(record.output):
+            return emission.index < len(record.output)
+        record.append(emission)
+        self._mark(record)
+        return True
+
+    def end(self, record: Record, reason: FinishReason) -> None:
+        """End a record without a further token."""
+        if record.finish is None:
+            record.finish = reason
+            if record.scanner is not None and record.pieces:
+                record.pieces[-1] += record.scanner.flush()
+            self._mark(record)
+
+    def _mark(self, record: Record) -> None:
+        self._dirty[record.key] = record
+        self._wake.set()
+
+    def after_commit(self, action: Callable[[], None]) -> None:
+        """Call `action` once everything taken so far is durable."""
+        self._after_commit.append(action)
+        self._wake.set()
+
+    async def _commit_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            dirty, self._dirty = self._dirty, {}
+            actions, self._after_commit = self._after_commit, []
+            lengths = {key: len(record.output) for key, record in dirty.items()}
+            ends = [(key, record.finish) for key, record in dirty.items() if record.finish is not None]
+            await self._commit(dirty.values(), ends)
+            for key, record in dirty.items():
+                record.committed = lengths[key]
+            for key, _ in ends:
+                dirty[key].ended = True
+                self._finished.append(key)
+            for record in dirty.values():
+                record.notify()
+            for action in actions:
+                action()
+            await self._shed()
+
+    async def _commit(self, records: Iterable[Record], ends: list[tuple[int, FinishReason]]) -> None:
+        tokens = [
+            (record.key, record.committed, record.segment(record.committed))
+            for record in records
+            if len(record.output) > record.committed
+        ]
+        if not tokens and not ends:
+            return
+        while True:
+            try:
+                return await self._journal.commit(tokens, ends)
+            except JournalFull as error:
+                logger.error("%s; streams wait for space", error)
+                await asyncio.sleep(_RETRY_S)
+
+    async def _shed(self) -> None:
+        """Forget the oldest finished requests beyond the number kept."""
+        surplus = len(self._finished) - self._finished_kept
+        if surplus > self._finished_kept // 8:
+            keys = [self._finished.popleft() for _ in range(surplus)]
+            for key in keys:
+                self._forget(self.records[key])
+            await self._journal.forget(keys)
+
+    def _forget(self, record: Record) -> None:
+        self.records.pop(record.key, None)
+        self._by_id.pop(record.request.request_id, None)
+
+    def stop(self) -> None:
+        """Stop committing; what is dirty is generated again after a restart."""
+        self._task.cancel()

@@ -1,0 +1,274 @@
+"""Who is here: agents and workers, their connections, and the lease that each renews by speaking."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from data.cluster import ClusterState
+from data.layout import Device
+from serving import messages as m
+from serving.errors import TransportError
+from serving.requests import InstanceInfo
+from serving.settings import ServingSettings
+from serving.transport import Connection, from_below
+
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """What membership tells the controller; all calls come from the event loop."""
+
+    def fleet_changed(self) -> None:
+        """Instances became ready, or began to leave."""
+
+    def instance_joined(self, instance: InstanceState) -> None:
+        """Agent and all workers of an instance are connected."""
+
+    def instance_noticed(self, instance: InstanceState, deadline_s: float, source: str) -> None:
+        """An instance announced its end."""
+
+    def instance_lost(self, instance: InstanceState, reason: str) -> None:
+        """An instance is gone without having been dismissed, or after it."""
+
+    def worker_lost(self, device: Device, reason: str) -> None:
+        """A worker's process or connection is gone."""
+
+    def worker_said(self, device: Device, message: m.Upward) -> None:
+        """A worker sent something that is not membership's business."""
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A connected agent or worker; `seen_at` is loop time."""
+
+    connection: Connection[m.Upward]
+    seen_at: float
+    pid: int
+    steps: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class InstanceState:
+    """One instance: its agent, its workers by device index, and whether it is on its way out."""
+
+    name: str
+    type: str
+    devices: int
+    agent: Member | None = None
+    workers: dict[int, Member] = field(default_factory=dict)
+    leaving_at: float | None = None
+    dismissed: bool = False
+    announced: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether agent and every worker are connected."""
+        return self.agent is not None and len(self.workers) == self.devices
+
+    @property
+    def usable(self) -> bool:
+        """Whether positions may be placed here."""
+        return self.complete and self.leaving_at is None and not self.dismissed
+
+
+class Membership:
+    """Accepts control connections, checks tokens, keeps leases."""
+
+    def __init__(self, settings: ServingSettings, listener: Listener) -> None:
+        self._settings, self._listener = settings, listener
+        self.instances: dict[str, InstanceState] = {}
+        self._server: asyncio.Server | None = None
+        self._lease_task: asyncio.Task[None] | None = None
+        self._connections: set[Connection[m.Upward]] = set()
+
+    async def start(self) -> int:
+        """Listen; returns the bound port."""
+        settings = self._settings
+        self._server = await asyncio.start_server(self._accept, settings.host, settings.control_port)
+        self._lease_task = asyncio.create_task(self._watch_leases())
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Close every connection and stop listening."""
+        if self._lease_task:
+            self._lease_task.cancel()
+        if self._server:
+            self._server.close()
+        for connection in list(self._connections):
+            await connection.close()
+
+    # -- views ------------------------------------------------------------------------------------
+
+    def usable_devices(self) -> tuple[Device, ...]:
+        """Devices that new positions may be placed on, in order."""
+        return tuple(
+            Device(name, index)
+            for name, instance in sorted(self.instances.items())
+            if instance.usable
+            for index in range(instance.devices)
+        )
+
+    def state(self) -> ClusterState:
+        """The usable instances by type."""
+        counts: dict[str, int] = {}
+        for instance in self.instances.values():
+            if instance.usable:
+                counts[instance.type] = counts.get(instance.type, 0) + 1
+        return ClusterState.of(counts)
+
+    def connected(self, device: Device) -> bool:
+        """Whether this worker can be spoken to."""
+        instance = self.instances.get(device.instance)
+        return instance is not None and device.index in instance.workers
+
+    def send(self, device: Device, message: m.Message) -> None:
+        """Send to a worker; silently dropped if it is gone (its loss is reported on its own)."""
+        instance = self.instances.get(device.instance)
+        member = instance.workers.get(device.index) if instance else None
+        if member is not None:
+            member.connection.send(message)
+
+    def describe(self, now: float) -> Iterator[InstanceInfo]:
+        """Every known instance."""
+        for name, one in sorted(self.instances.items()):
+            left = None if one.leaving_at is None else max(0.0, one.leaving_at - now)
+            state = "leaving" if left is not None else "ready" if one.complete else "joining"
+            yield InstanceInfo(instance=name, type=one.type, devices=one.devices, state=state, leaving_s=left)  # type: ignore[arg-type]
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    def notice(self, name: str, deadline_s: float, source: str) -> bool:
+        """Mark an instance as leaving; False if it is unknown. A sooner end replaces a later one."""
+        instance = self.instances.get(name)
+        if instance is None:
+            return False
+        leaving_at = asyncio.get_running_loop().time() + deadline_s
+        if instance.leaving_at is None or leaving_at < instance.leaving_at:
+            instance.leaving_at = leaving_at
+            self._listener.instance_noticed(instance, deadline_s, source)
+            self._listener.fleet_changed()
+        return True
+
+    def dismiss(self, name: str) -> None:
+        """Tell an instance to go."""
+        instance = self.instances[name]
+        instance.dismissed = True
+        if instance.agent is not None:
+            instance.agent.connection.send(m.Dismiss())
+
+    # -- connections --------------------------------------------------------------------------------
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = from_below(reader, writer, self._settings.capacity.frame_bytes)
+        self._connections.add(connection)
+        try:
+            hello = await asyncio.wait_for(connection.receive(), self._settings.timeouts.join_s)
+            if isinstance(hello, m.AgentHello | m.WorkerHello):
+                await self._welcome(connection, hello)
+        except (TransportError, TimeoutError) as error:
+            logger.warning("a connection from %s ended before its hello: %s", connection.host, error)
+        finally:
+            self._connections.discard(connection)
+            await connection.close()
+
+    async def _welcome(self, connection: Connection[m.Upward], hello: m.AgentHello | m.WorkerHello) -> None:
+        if not hmac.compare_digest(hello.token.encode(), self._settings.token.encode()):
+            logger.warning("refused %s from %s: wrong join token", hello.instance, connection.host)
+            connection.send(m.Rejected("wrong join token; take the one of this controller"))
+            return
+        refusal = self._refusal(hello)
+        if refusal:
+            connection.send(m.Rejected(refusal))
+            return
+        connection.send(m.Welcome())
+        member = Member(connection, asyncio.get_running_loop().time(), hello.pid)
+        if isinstance(hello, m.AgentHello):
+            await self._serve_agent(hello, member)
+        else:
+            await self._serve_worker(Device(hello.instance, hello.index), member)
+
+    def _refusal(self, hello: m.AgentHello | m.WorkerHello) -> str:
+        instance = self.instances.get(hello.instance)
+        if isinstance(hello, m.AgentHello) and instance is not None and instance.agent is not None:
+            return f"an instance named {hello.instance} is here already; choose another name"
+        return ""
+
+    def _instance(self, name: str) -> InstanceState:
+        return self.instances.setdefault(name, InstanceState(name, "", 0))
+
+    async def _serve_agent(self, hello: m.AgentHello, member: Member) -> None:
+        instance = self._instance(hello.instance)
+        instance.type, instance.devices, instance.agent = hello.type, hello.devices, member
+        self._announce(instance)
+        reason = await self._listen(member, lambda message: self._agent_said(instance, message))
+        if self.instances.get(hello.instance) is instance:
+            del self.instances[hello.instance]
+            for worker in list(instance.workers.values()):
+                await worker.connection.close()
+            self._listener.instance_lost(instance, reason)
+            self._listener.fleet_changed()
+
+    def _agent_said(self, instance: InstanceState, message: m.Upward) -> None:
+        if isinstance(message, m.Notice):
+            self.notice(instance.name, message.deadline_s, message.source)
+        elif isinstance(message, m.WorkerExited):
+            logger.warning("worker %s/%d ended with code %d", instance.name, message.index, message.code)
+
+    async def _serve_worker(self, device: Device, member: Member) -> None:
+        instance = self._instance(device.instance)
+        instance.workers[device.index] = member
+        self._announce(instance)
+        reason = await self._listen(member, lambda message: self._listener.worker_said(device, message))
+        if instance.workers.get(device.index) is member:
+            del instance.workers[device.index]
+            self._listener.worker_lost(device, reason)
+            self._listener.fleet_changed()
+
+    async def _listen(self, member: Member, hear: Callable[[m.Upward], None]) -> str:
+        """Take messages until the connection ends; returns why it did."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                message = await member.connection.receive()
+            except TransportError as error:
+                return str(error)
+            member.seen_at = loop.time()
+            if isinstance(message, m.Heartbeat):
+                member.steps = message.steps
+            else:
+                hear(message)
+
+    def _announce(self, instance: InstanceState) -> None:
+        if instance.complete and not instance.announced:
+            instance.announced = True
+            self._listener.instance_joined(instance)
+        if instance.complete:
+            self._listener.fleet_changed()
+
+    async def _watch_leases(self) -> None:
+        lease_s = self._settings.timeouts.lease_s
+        while True:
+            asked_at = asyncio.get_running_loop().time()
+            await asyncio.sleep(lease_s / 10)
+            now = asyncio.get_running_loop().time()
+            if now - asked_at > lease_s / 2:
+                continue  # this process itself was held up: what it has not read yet says nothing about others
+            for instance in list(self.instances.values()):
+                self._check(instance, now - lease_s)
+
+    def _check(self, instance: InstanceState, oldest: float) -> None:
+        for index, worker in list(instance.workers.items()):
+            if worker.seen_at < oldest and not worker.connection.closed:
+                logger.warning("worker %s/%d is silent; ending it", instance.name, index)
+                if instance.agent is not None:
+                    instance.agent.connection.send(m.KillWorker(index))
+                worker.connection.abort()
+        agent = instance.agent
+        if agent is not None and agent.seen_at < oldest and not agent.connection.closed:
+            logger.warning("instance %s is silent; counting it as lost", instance.name)
+            agent.connection.abort()

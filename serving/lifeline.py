@@ -1,0 +1,35 @@
+"""How processes end: with their parent, or when the controller stays away."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+
+from serving.errors import TransportError
+
+
+def watch_stdin() -> None:
+    """End this process at once when stdin reaches its end: whoever started it holds the other side."""
+
+    def wait() -> None:
+        while sys.stdin.buffer.raw.read(4096):  # type: ignore[attr-defined]
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+async def persist(serve: Callable[[], Awaitable[None]], *, give_up_s: float, pause_s: float = 0.2) -> None:
+    """Call `serve` again whenever its connection ends; return once it has failed for `give_up_s` in a row."""
+    failing_since = time.monotonic()
+    while time.monotonic() - failing_since < give_up_s:
+        try:
+            await serve()
+            failing_since = time.monotonic()
+        except TransportError:
+            pass
+        await asyncio.sleep(pause_s)

@@ -1,0 +1,304 @@
+"""The control plane's messages: one struct each, one serializer (msgpack), no code in the data.
+
+Devices are written `instance/index`. `replica` is a number that is never used twice, so a late
+message of a retired replica cannot be mistaken for a live one; `epoch` likewise.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from planning.resharding import Box
+from serving.requests import FinishReason, Sampling, TopLogprob
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of everything that crosses a control connection."""
+
+
+# -- agents and workers → controller ----------------------------------------------------------
+
+
+class AgentHello(Message):
+    """First message of an agent."""
+
+    token: str
+    instance: str
+    type: str
+    devices: int
+    pid: int
+
+
+class WorkerHello(Message):
+    """First message of a worker."""
+
+    token: str
+    instance: str
+    index: int
+    pid: int
+
+
+class Heartbeat(Message):
+    """Sent every `heartbeat_s` by agents and workers; `steps` counts a worker's engine steps."""
+
+    steps: int = 0
+
+
+class Notice(Message):
+    """An agent learnt that its instance goes away in `deadline_s` seconds."""
+
+    instance: str
+    deadline_s: float
+    source: str
+
+
+class WorkerExited(Message):
+    """An agent saw a worker process end."""
+
+    instance: str
+    index: int
+    code: int
+
+
+class Prepared(Message):
+    """Groups are up and weights are in place for the role in `epoch`; bytes by where they came from."""
+
+    epoch: int
+    local_bytes: int
+    received_bytes: int
+    disk_bytes: int
+
+
+class Resident(Message):
+    """A running sequence with KV: how many tokens are cached, in which blocks."""
+
+    key: int
+    cached_tokens: int
+    blocks: list[int]
+
+
+class Paused(Message):
+    """The leader stopped at a step boundary; these sequences have KV, all others have none."""
+
+    replica: int
+    sequences: list[Resident]
+
+
+class Moved(Message):
+    """All KV pieces of this worker were sent and received."""
+
+    epoch: int
+    sent_bytes: int
+
+
+class Activated(Message):
+    """The role of `epoch` is running."""
+
+    epoch: int
+
+
+class Failed(Message):
+    """A phase of `epoch` or the replica's step loop failed; the worker itself lives on."""
+
+    epoch: int
+    replica: int
+    phase: str
+    reason: str
+
+
+class Emission(msgspec.Struct, frozen=True, array_like=True):
+    """One token of request `key` at output position `index`; or, with token None, only its end."""
+
+    key: int
+    index: int
+    token: int | None
+    logprob: float = 0.0
+    top: list[TopLogprob] = []
+    finish: FinishReason | None = None
+
+
+class Tokens(Message):
+    """What one or more steps of a replica produced, in order, and its load afterwards."""
+
+    replica: int
+    emissions: list[Emission]
+    running: int
+    waiting: int
+    kv_usage: float
+
+
+# -- controller → agents and workers ----------------------------------------------------------
+
+
+class Welcome(Message):
+    """The hello was accepted."""
+
+
+class Rejected(Message):
+    """The hello was refused; the reason is for the operator."""
+
+    reason: str
+
+
+class WeightPieces(msgspec.Struct, frozen=True, array_like=True):
+    """Boxes exchanged with `peer`, packed in this order; peer None is the checkpoint on disk."""
+
+    peer: str | None
+    boxes: list[Box]
+
+
+class Role(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's position: member `rank` of `members` (stage-major; rank 0 leads) of a replica."""
+
+    replica: int
+    members: list[str]
+    rank: int
+    stages: int
+    shards: int
+    max_batch: int
+    partition: list[int]
+    kv_blocks: int
+
+
+class Prepare(Message):
+    """Get ready for `epoch` in the background: join its groups, send and receive weights.
+
+    `role` None: only serve as a source. `world` are the participants, in rank order.
+    """
+
+    epoch: int
+    store: str
+    world: list[str]
+    role: Role | None
+    needed: list[Box]
+    sends: list[WeightPieces]
+    receives: list[WeightPieces]
+
+
+class Pause(Message):
+    """To a leader: stop replica at the next step boundary and report `Paused`."""
+
+    replica: int
+
+
+class KvPiece(msgspec.Struct, frozen=True, array_like=True):
+    """KV of the first `tokens` tokens of sequence `key`: absolute layer and KV-head ranges; `blocks`
+    is the block table on this side."""
+
+    peer: str
+    key: int
+    tokens: int
+    blocks: list[int]
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+
+class Move(Message):
+    """Exchange KV through the world of `epoch`: pieces read from the paused cache, pieces written into
+    the prepared one. Pieces to and from one peer are packed in this order."""
+
+    epoch: int
+    sends: list[KvPiece]
+    receives: list[KvPiece]
+
+
+class Assignment(msgspec.Struct, frozen=True, array_like=True):
+    """A request for a replica: what to continue, how, and for how long."""
+
+    key: int
+    prompt: list[int]
+    output: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    deadline_s: float | None
+
+
+class Adoption(msgspec.Struct, frozen=True, array_like=True):
+    """A request whose KV was moved in, with its block table there."""
+
+    assignment: Assignment
+    cached_tokens: int
+    blocks: list[int]
+
+
+class Activate(Message):
+    """Start the role prepared for `epoch`; `retire` are replicas whose state may now be dropped."""
+
+    epoch: int
+    adoptions: list[Adoption]
+    retire: list[int]
+
+
+class Retire(Message):
+    """Drop these replicas' loops, caches and groups now, whatever they are doing. Weights stay."""
+
+    replicas: list[int]
+
+
+class Abandon(Message):
+    """Forget what was prepared for `epoch`; running replicas are not touched."""
+
+    epoch: int
+
+
+class Taken(Message):
+    """`count` more `Tokens` messages of `replica` are safe in the journal; the leader may run on."""
+
+    replica: int
+    count: int
+
+
+class Submit(Message):
+    """New work for a leader."""
+
+    replica: int
+    assignments: list[Assignment]
+
+
+class Cancel(Message):
+    """Drop these requests; their KV is free within a step."""
+
+    replica: int
+    keys: list[int]
+
+
+class KillWorker(Message):
+    """To an agent: SIGKILL a worker that went silent."""
+
+    index: int
+
+
+class Dismiss(Message):
+    """To an agent: stop the workers and exit; the instance is no longer needed."""
+
+
+Upward = (
+    AgentHello
+    | WorkerHello
+    | Heartbeat
+    | Notice
+    | WorkerExited
+    | Prepared
+    | Paused
+    | Moved
+    | Activated
+    | Failed
+    | Tokens
+)
+Downward = (
+    Welcome
+    | Rejected
+    | Prepare
+    | Pause
+    | Move
+    | Activate
+    | Retire
+    | Abandon
+    | Taken
+    | Submit
+    | Cancel
+    | KillWorker
+    | Dismiss
+)

@@ -1,0 +1,82 @@
+"""Every timeout, limit and address of the serving tier, with defaults that hold on two cores."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. Each wait in the serving tier uses one of these and has a next step."""
+
+    heartbeat_s: float = 0.5
+    lease_s: float = 5.0  # a silent agent or worker is lost after this; two busy cores starve processes for seconds
+    join_s: float = 60.0  # process start → hello
+    gather_s: float = 30.0  # waiting for the expected instances before the first layout
+    prepare_s: float = 60.0  # groups and weights of the next epoch
+    pause_s: float = 10.0  # reaching a step boundary
+    switch_s: float = 30.0  # KV transfer and activation
+    collective_s: float = 20.0  # one collective operation inside a step
+    retry_s: float = 0.2  # before a failed reconfiguration is tried again
+    settle_s: float = 0.05  # collect simultaneous membership changes into one reconfiguration
+    controller_gone_s: float = 60.0  # agents without a controller give up after this
+    orphan_s: float = 60.0  # a resumable request without a client is aborted after this
+    drain_s: float = 30.0
+    plan_poll_s: float = 5.0
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of queues and messages."""
+
+    queue: int = 1024  # requests waiting in the controller before RESOURCE_EXHAUSTED
+    message_bytes: int = 4 << 20  # gRPC message limit
+    frame_bytes: int = 256 << 20  # control-plane frame limit
+    finished_kept: int = 4096  # finished requests that can still be attached to
+    recoveries: int = 100  # reconfigurations a request may live through before ABORTED
+    transfer_bytes: int = 64 << 20  # largest single point-to-point message
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker computes. `numerics` exact = results independent of layout and batch (fp32, CPU
+    or GPU); native = the framework's own kernels in `dtype`. `auto` = exact on CPU, native on CUDA.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    numerics: str = "auto"
+    block_tokens: int = 16
+    kv_blocks: int = 0  # 0: from kv_memory_bytes
+    kv_memory_bytes: int = 64 << 20
+    step_tokens: int = 256  # prefill + decode tokens of one step
+    threads: int = 1
+
+
+class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Handed to controller, agents and workers as one JSON file."""
+
+    checkpoint: str
+    journal: str
+    token: str  # join token of agents and workers
+    host: str = "127.0.0.1"
+    grpc_port: int = 0
+    control_port: int = 0
+    metrics_port: int = 0
+    expected_instances: int = 1
+    plan: str = ""  # a plan book file, or
+    registry: str = ""  # an MLflow tracking URI with
+    registry_model: str = ""  # a registered model, and
+    registry_alias: str = "champion"
+    ready_file: str = ""  # the controller writes its bound addresses here, atomically, when it serves
+    timeouts: Timeouts = Timeouts()
+    capacity: Capacity = Capacity()
+    engine: EngineSettings = EngineSettings()
+
+
+def load(path: str) -> ServingSettings:
+    """Read settings from a JSON file."""
+    with open(path, "rb") as file:
+        return msgspec.json.decode(file.read(), type=ServingSettings)
+
+
+def dump(settings: ServingSettings) -> bytes:
+    """The JSON bytes that `load` reads."""
+    return msgspec.json.encode(settings)

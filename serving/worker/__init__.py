@@ -1,0 +1,1 @@
+"""One long-lived process per device: it outlives every layout it takes part in."""

@@ -1,0 +1,46 @@
+"""Entry point of a worker process; started by its agent."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+
+from serving import lifeline, settings
+from serving.errors import PerennialError, TransportError
+from serving.worker.worker import Worker
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    configuration = settings.load(arguments.settings)
+    worker = Worker(configuration, arguments.instance, arguments.index)
+    host, _, port = arguments.controller.rpartition(":")
+    await lifeline.persist(
+        lambda: worker.serve(host, int(port), pid=os.getpid()),
+        give_up_s=configuration.timeouts.controller_gone_s,
+    )
+
+
+def main() -> int:
+    """Serve until the controller is gone for good or the agent ends."""
+    parser = argparse.ArgumentParser(prog="serving.worker")
+    for name in ("settings", "instance", "controller"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--index", type=int, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
+    lifeline.watch_stdin()
+    try:
+        asyncio.run(_serve(arguments))
+    except (PerennialError, TransportError) as error:
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    # Threads may be stuck in a collective whose peers are gone; nothing of this process is worth waiting for.
+    os._exit(code)

@@ -1,0 +1,106 @@
+"""Builds what a role needs on this device: groups, cache and model part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.errors import InvalidInput
+from data.layout import ParallelConfig
+from data.layout import Position as Coordinates
+from data.models import kv_head_range
+from serving.engine.batch import SampledToken, StepPlan
+from serving.engine.free import FreeModel
+from serving.engine.kv_cache import KvCache
+from serving.engine.model import ShardModel
+from serving.engine.place import Place
+from serving.engine.sampler import sample
+from serving.engine.weights import CheckpointReader
+from serving.messages import Role
+from serving.settings import EngineSettings
+from serving.worker.groups import Group
+from serving.worker.movement import HeldTensor
+from serving.worker.replica import Position
+
+
+def compute_device(engine: EngineSettings, index: int) -> torch.device:
+    """The device of worker `index`. Raises `InvalidInput` if this host lacks it."""
+    torch.set_num_threads(engine.threads)
+    if engine.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise InvalidInput(f"device {engine.device}:{index} does not exist here; use --device cpu or fewer devices")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def weight_dtype(engine: EngineSettings) -> torch.dtype:
+    """The dtype weights are held and moved in."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[engine.dtype]
+
+
+def numerics_of(engine: EngineSettings) -> str:
+    """`auto` resolved: exact on CPU, native elsewhere."""
+    return ("exact" if engine.device == "cpu" else "native") if engine.numerics == "auto" else engine.numerics
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """The circumstances of one epoch on one worker."""
+
+    reader: CheckpointReader
+    store: dist.Store
+    epoch: int
+    device: torch.device
+    host: str
+    timeout_s: float
+    engine: EngineSettings
+
+    def group(self, name: str, members: Sequence[str], own: str) -> Group:
+        """Meet `members` (rank order); collective."""
+        prefix = f"{self.epoch}/{name}"
+        return Group(
+            self.store,
+            prefix,
+            list(members).index(own),
+            len(members),
+            device=self.device,
+            host=self.host,
+            timeout_s=self.timeout_s,
+        )
+
+
+def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) -> Position:
+    """Groups of the replica and of its stage, the KV cache, and the model part over `tensors`; collective."""
+    own = role.members[role.rank]
+    group = build.group(f"r{role.replica}", role.members, own)
+    stage, shard = divmod(role.rank, role.shards)
+    peers = role.members[stage * role.shards : (stage + 1) * role.shards]
+    spec = build.reader.spec
+    config = ParallelConfig(1, role.stages, role.shards, role.max_batch, tuple(role.partition))
+    place = Place.of(spec, config, Coordinates(0, stage, shard))
+    cache = KvCache(
+        place.layers,
+        kv_head_range(spec, shard, role.shards),
+        spec.head_dim,
+        blocks=role.kv_blocks,
+        block_tokens=build.engine.block_tokens,
+        dtype=weight_dtype(build.engine),
+        device=build.device,
+    )
+    if numerics_of(build.engine) == "free":
+        free = FreeModel(spec)
+        return Position(role, free, cache, group, free.draw)
+    comm = build.group(f"r{role.replica}s{stage}", peers, own)
+    weights = {name: held.data for name, held in tensors.items()}
+    model = ShardModel(spec, place, weights, numerics=numerics_of(build.engine), comm=comm, cache=cache)
+    return Position(role, model, cache, group, _draw)
+
+
+def _draw(logits: Tensor | None, plan: StepPlan) -> list[SampledToken]:
+    return [] if logits is None else sample(logits, plan)

@@ -1,0 +1,216 @@
+"""Process groups of one epoch, built directly over a store prefix: no global world, nothing to shrink.
+
+Bytes and control go over gloo; tensors over gloo on CPU and NCCL on CUDA. On CPU all collectives are
+composed of point-to-point messages, which are an order of magnitude quicker than gloo's rings for the
+few ranks of a stage. A broken group raises `GroupBroken`; dropping a group closes its sockets, which
+makes every peer that waits on it fail in turn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from serving.errors import PerennialError
+
+logger = logging.getLogger(__name__)
+
+_PACKET_BYTES = 8192
+_LENGTH_BYTES = 8
+
+
+class GroupBroken(PerennialError):
+    """A peer is gone, or did not answer in time."""
+
+
+def connect_store(address: str, timeout_s: float) -> dist.Store:
+    """A client of the controller's rendezvous store at `host:port`."""
+    host, _, port = address.rpartition(":")
+    try:
+        return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise GroupBroken(f"no rendezvous store at {address}") from error
+
+
+class Pending:
+    """Sends that are under way; the tensors stay alive until they are awaited."""
+
+    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
+        self._works, self._tensors = works, tensors
+
+    def wait(self) -> None:
+        """Until the peer has taken everything. Raises `GroupBroken`."""
+        for work in self._works:
+            _wait(work)
+
+
+def _wait(work: dist.Work) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise GroupBroken(str(error).splitlines()[0][:200]) from error
+
+
+class Group:
+    """Ranks 0 … size−1 that exchange bytes and tensors. Blocking calls give up after `timeout_s`.
+
+    Construction is collective: it returns once all ranks have met in `store` under `prefix`.
+    """
+
+    def __init__(
+        self, store: dist.Store, prefix: str, rank: int, size: int, *, device: torch.device, host: str, timeout_s: float
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self._nccl: dist.ProcessGroupNCCL | None = None
+        self._aborted = False
+        if size == 1:
+            return
+        try:
+            self._gloo = _gloo(dist.PrefixStore(f"{prefix}/gloo", store), rank, size, host, timeout_s)
+            if device.type == "cuda":
+                self._nccl = _nccl(dist.PrefixStore(f"{prefix}/nccl", store), rank, size, device, timeout_s)
+        except RuntimeError as error:
+            raise GroupBroken(f"group {prefix} did not form: {str(error).splitlines()[0][:200]}") from error
+
+    @property
+    def _tensors(self) -> dist.ProcessGroup:
+        return self._nccl or self._gloo
+
+    def send(self, tensor: Tensor, peer: int) -> Pending:
+        """Start sending a contiguous tensor."""
+        return self._start(self._tensors, tensor, peer)
+
+    def receive(self, tensor: Tensor, peer: int) -> Tensor:
+        """Fill a contiguous tensor from `peer`; on CUDA the stream waits, not the caller."""
+        try:
+            work = self._tensors.recv([tensor], peer, 0)
+        except RuntimeError as error:
+            raise GroupBroken(str(error).splitlines()[0][:200]) from error
+        _wait(work)
+        self.check()
+        return tensor
+
+    def send_bytes(self, payload: bytes, peer: int) -> Pending:
+        """Start sending bytes: one packet of fixed size, and a second message if they do not fit."""
+        packet = torch.zeros(_PACKET_BYTES, dtype=torch.uint8)
+        raw = torch.frombuffer(bytearray(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload), dtype=torch.uint8)
+        head = min(raw.numel(), _PACKET_BYTES)
+        packet[:head] = raw[:head]
+        pending = [self._start(self._gloo, packet, peer)]
+        if raw.numel() > _PACKET_BYTES:
+            pending.append(self._start(self._gloo, raw[_PACKET_BYTES:], peer))
+        return Pending([work for part in pending for work in part._works], [packet, raw])
+
+    def receive_bytes(self, peer: int) -> bytes:
+        """The next bytes from `peer`."""
+        packet = torch.empty(_PACKET_BYTES, dtype=torch.uint8)
+        self._fill(packet, peer)
+        data = packet.numpy().tobytes()
+        size = int.from_bytes(data[:_LENGTH_BYTES], "little")
+        body = data[_LENGTH_BYTES : _LENGTH_BYTES + size]
+        if len(body) < size:
+            rest = torch.empty(size - len(body), dtype=torch.uint8)
+            self._fill(rest, peer)
+            body += rest.numpy().tobytes()
+        return body
+
+    def _fill(self, tensor: Tensor, peer: int) -> None:
+        try:
+            work = self._gloo.recv([tensor], peer, 0)
+        except RuntimeError as error:
+            raise GroupBroken(str(error).splitlines()[0][:200]) from error
+        _wait(work)
+        self.check()
+
+    def _start(self, group: dist.ProcessGroup, tensor: Tensor, peer: int) -> Pending:
+        try:
+            return Pending([group.send([tensor], peer, 0)], [tensor])
+        except RuntimeError as error:
+            raise GroupBroken(str(error).splitlines()[0][:200]) from error
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Element-wise sum over the ranks, in rank order on CPU; the same on every rank."""
+        if self.size == 1:
+            return tensor
+        if self._nccl is not None:
+            _wait(self._nccl.allreduce([tensor]))
+            self.check()
+            return tensor
+        tensor = tensor.contiguous()
+        pending = [self.send(tensor, peer) for peer in range(self.size) if peer != self.rank]
+        parts = [
+            tensor if peer == self.rank else self.receive(torch.empty_like(tensor), peer) for peer in range(self.size)
+        ]
+        for part in pending:
+            part.wait()
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def gather(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        """Concatenate `[n, sizes[rank]]` along the last dimension on rank 0; None elsewhere."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        if self.rank:
+            self.send(tensor, 0).wait()
+            return None
+        rows = tensor.shape[0]
+        others = [self.receive(tensor.new_empty(rows, sizes[peer]), peer) for peer in range(1, self.size)]
+        return torch.cat([tensor, *others], dim=-1)
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+        """Swap contiguous tensors with peers; those between one pair match in order. Returns when done."""
+        if self._nccl is None:
+            pending = [self.send(tensor, peer) for tensor, peer in sends]
+            for tensor, peer in receives:
+                self.receive(tensor, peer)
+            for part in pending:
+                part.wait()
+            return
+        if not sends and not receives:
+            return
+        # One NCCL group call: a pair that sends to each other would otherwise wait on itself.
+        self._nccl._start_coalescing(self.device)
+        for tensor, peer in sends:
+            self._nccl.send([tensor], peer, 0)
+        for tensor, peer in receives:
+            self._nccl.recv([tensor], peer, 0)
+        _wait(self._nccl._end_coalescing(self.device))
+        torch.cuda.current_stream(self.device).synchronize()
+        self.check()
+
+    def check(self) -> None:
+        """Raise `GroupBroken` if the group was aborted: what a cut collective left behind is not data."""
+        if self._aborted:
+            raise GroupBroken("the group was aborted")
+
+    def abort(self) -> None:
+        """From any thread: make running operations fail. gloo's fail when the peers drop the group."""
+        self._aborted = True
+        if self._nccl is not None:
+            self._nccl.abort()
+
+
+def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) -> dist.ProcessGroupGloo:
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    # Naming the address keeps gloo off every other interface.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl(
+    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float
+) -> dist.ProcessGroupNCCL:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    group = dist.ProcessGroupNCCL(store, rank, size, options)
+    group.eager_connect_single_device(device)
+    return group

@@ -1,0 +1,285 @@
+"""A replica's step loop on one worker: the leader schedules, everyone computes, the tail samples.
+
+Rank r of the replica is stage r div T, shard r mod T. The leader (rank 0) sends each step's plan to
+the other ranks; activations go from stage to stage, shard by shard; the tail (last stage, shard 0)
+returns the sampled tokens. Up to P steps of disjoint requests are in flight, one per stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor
+
+from serving.engine.batch import SampledToken, StepPlan
+from serving.engine.kv_cache import KvCache
+from serving.engine.model import ShardModel
+from serving.engine.scheduler import Emission as Drawn
+from serving.engine.scheduler import ScheduledRequest, Scheduler
+from serving.messages import Adoption, Assignment, Emission, Message, Paused, Resident, Role, Tokens
+from serving.worker.groups import Group, GroupBroken, Pending
+
+logger = logging.getLogger(__name__)
+
+_plan_decoder = msgspec.msgpack.Decoder(StepPlan)
+_token_decoder = msgspec.msgpack.Decoder(list[SampledToken])
+_encode = msgspec.msgpack.Encoder().encode
+_STOP = b""  # instead of a plan: leave the loop
+_WINDOW = 4  # reports that may be on their way to the journal before the leader waits
+_IDLE_STEP = -1  # a plan with this number only shows that the leader lives
+
+
+@dataclass(slots=True)
+class Position:
+    """What a worker needs to run its rank: the model part, its cache, and the groups it talks through."""
+
+    role: Role
+    model: ShardModel
+    cache: KvCache
+    group: Group
+    draw: Callable[[Tensor | None, StepPlan], list[SampledToken]]
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage of this rank."""
+        return self.role.rank // self.role.shards
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is in the first stage."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank is in the last stage."""
+        return self.stage == self.role.stages - 1
+
+    @property
+    def tail(self) -> int:
+        """The rank that samples."""
+        return (self.role.stages - 1) * self.role.shards
+
+
+class StepLoop(threading.Thread):
+    """Base of leader and follower. `fail` is called once, with a sentence, if the loop breaks."""
+
+    def __init__(self, position: Position, fail: Callable[[str], None]) -> None:
+        super().__init__(name=f"replica-{position.role.replica}", daemon=True)
+        self.position = position
+        self.steps = 0
+        self._fail = fail
+        self._stopped = threading.Event()
+        self._sends: deque[Pending] = deque()
+
+    def run(self) -> None:
+        """Step until told to stop, or until the group breaks."""
+        try:
+            with torch.inference_mode():
+                self._loop()
+        except Exception as error:  # noqa: BLE001 - whatever broke the loop must reach the controller
+            if not self._stopped.is_set():
+                if not isinstance(error, GroupBroken):
+                    logger.exception("replica %d broke", self.position.role.replica)
+                self._fail(f"{type(error).__name__}: {error}")
+
+    def discard(self) -> None:
+        """From any thread: stop without a word, whatever the loop is doing; its state is void."""
+        self._stopped.set()
+        self.position.group.abort()
+
+    def _loop(self) -> None:
+        raise NotImplementedError  # pragma: no cover - both subclasses have one
+
+    def _later(self, pending: Pending) -> None:
+        """Remember a send; wait for old ones so that no more than two steps' buffers stay alive."""
+        self._sends.append(pending)
+        while len(self._sends) > 2 * (self.position.role.stages + len(self.position.role.members)):
+            self._sends.popleft().wait()
+
+    def _compute(self, plan: StepPlan) -> Tensor | None:
+        """Run this rank's stage; hand the activations on, or return the logits (tail only)."""
+        position = self.position
+        shards, rank = position.role.shards, position.role.rank
+        hidden = None
+        if not position.first:
+            buffer = position.model.hidden_buffer(plan)
+            hidden = position.group.receive(buffer, rank - shards)
+        output = position.model.forward(plan, hidden)
+        if position.last:
+            return output
+        assert output is not None
+        self._later(position.group.send(output.contiguous(), rank + shards))
+        return None
+
+
+class Follower(StepLoop):
+    """Every rank but the leader: computes the plans that arrive."""
+
+    def _loop(self) -> None:
+        position = self.position
+        while not self._stopped.is_set():
+            payload = position.group.receive_bytes(0)
+            if payload == _STOP:
+                return
+            plan = _plan_decoder.decode(payload)
+            if plan.step == _IDLE_STEP:
+                continue
+            logits = self._compute(plan)
+            if position.role.rank == position.tail:
+                self._later(position.group.send_bytes(_encode(position.draw(logits, plan)), 0))
+            self.steps += 1
+
+
+class Leader(StepLoop):
+    """Rank 0: owns the scheduler. Commands arrive through `submit`, `cancel` and `pause`."""
+
+    def __init__(
+        self,
+        position: Position,
+        scheduler: Scheduler,
+        *,
+        fail: Callable[[str], None],
+        report: Callable[[Message], None],
+        keepalive_s: float,
+    ) -> None:
+        super().__init__(position, fail)
+        self._scheduler = scheduler
+        self._report = report
+        self._keepalive_s = keepalive_s
+        self._window = threading.Semaphore(_WINDOW)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._in_flight: deque[tuple[StepPlan, list[SampledToken] | None]] = deque()
+        self._pausing = False
+        self._steps_planned = 0
+        self._spoke_at = time.monotonic()
+
+    def submit(self, assignments: list[Assignment]) -> None:
+        """New requests, or requests to be replayed."""
+        self._commands.put(lambda: self._add(assignments))
+
+    def cancel(self, keys: list[int]) -> None:
+        """Forget requests; unknown keys are ignored."""
+        self._commands.put(lambda: self._cancel(keys))
+
+    def pause(self) -> None:
+        """Stop at the next step boundary and report what is resident."""
+        self._commands.put(self._pause)
+
+    def discard(self) -> None:
+        super().discard()
+        self._commands.put(lambda: None)  # wake an idle loop
+
+    def taken(self, count: int) -> None:
+        """`count` reports have been journalled."""
+        self._window.release(count)
+
+    def adopt(self, adoptions: list[Adoption]) -> None:
+        """Before `start`: take over requests whose KV is in the cache."""
+        for adoption in adoptions:
+            request = scheduled(adoption.assignment)
+            self._scheduler.adopt(request, adoption.cached_tokens, adoption.blocks)
+
+    def _add(self, assignments: list[Assignment]) -> None:
+        for assignment in assignments:
+            self._scheduler.add(scheduled(assignment))
+
+    def _cancel(self, keys: list[int]) -> None:
+        for key in keys:
+            self._scheduler.abort(key)
+
+    def _pause(self) -> None:
+        self._pausing = True
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            self._obey()
+            if self._pausing and not self._in_flight:
+                return self._leave()
+            launched = not self._pausing and self._launch()
+            if self._in_flight and (not launched or len(self._in_flight) >= self.position.role.stages):
+                self._collect()
+            elif not launched:
+                self._idle()
+
+    def _obey(self) -> None:
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _idle(self) -> None:
+        try:
+            self._commands.get(timeout=self._keepalive_s / 4)()
+        except queue.Empty:
+            expired = self._scheduler.expire(time.monotonic())
+            self._tell(expired)
+        if time.monotonic() - self._spoke_at > self._keepalive_s:
+            self._broadcast(_encode(StepPlan(_IDLE_STEP, [])))
+
+    def _launch(self) -> bool:
+        now = time.monotonic()
+        self._tell(self._scheduler.expire(now))
+        plan = self._scheduler.schedule(now)
+        self._tell(self._scheduler.take_finished())
+        if plan is None:
+            return False
+        plan = msgspec.structs.replace(plan, step=self._steps_planned)
+        self._steps_planned += 1
+        self._broadcast(_encode(plan))
+        logits = self._compute(plan)
+        drawn = self.position.draw(logits, plan) if self.position.role.rank == self.position.tail else None
+        self._in_flight.append((plan, drawn))
+        return True
+
+    def _collect(self) -> None:
+        plan, drawn = self._in_flight.popleft()
+        if drawn is None:
+            drawn = _token_decoder.decode(self.position.group.receive_bytes(self.position.tail))
+        self.position.group.check()
+        self.steps += 1
+        self._tell(self._scheduler.complete(plan, drawn))
+
+    def _broadcast(self, payload: bytes) -> None:
+        self._spoke_at = time.monotonic()
+        for rank in range(1, len(self.position.role.members)):
+            self._later(self.position.group.send_bytes(payload, rank))
+
+    def _leave(self) -> None:
+        self._broadcast(_STOP)
+        while self._sends:
+            self._sends.popleft().wait()
+        resident = [Resident(key, tokens, list(blocks)) for key, tokens, blocks in self._scheduler.snapshot()]
+        self._report(Paused(self.position.role.replica, resident))
+
+    def _tell(self, drawn: list[Drawn]) -> None:
+        if not drawn or self._stopped.is_set():
+            return
+        while not self._window.acquire(timeout=0.5):
+            if self._stopped.is_set():
+                return
+        emissions = [Emission(one.key, one.index, one.token, one.logprob, list(one.top), one.finish) for one in drawn]
+        scheduler = self._scheduler
+        self._report(
+            Tokens(self.position.role.replica, emissions, scheduler.running, scheduler.waiting, scheduler.kv_usage)
+        )
+
+
+def scheduled(assignment: Assignment) -> ScheduledRequest:
+    """The scheduler's form of an assignment; its deadline starts to count now."""
+    deadline_at = None if assignment.deadline_s is None else time.monotonic() + assignment.deadline_s
+    return ScheduledRequest(
+        key=assignment.key,
+        prompt=assignment.prompt,
+        output=list(assignment.output),
+        sampling=assignment.sampling,
+        max_tokens=assignment.max_tokens,
+        stop_token_ids=frozenset(assignment.stop_token_ids),
+        ignore_eos=assignment.ignore_eos,
+        deadline_at=deadline_at,
+    )
