@@ -14,7 +14,7 @@ from serving.api import translate
 from serving.api.connection import Backoff, Connection, Target
 from serving.api.generated import control_pb2, inference_pb2
 from serving.api.status import from_call
-from serving.errors import BrokenStream, DeadlineExceeded, InvalidInput, QueueFull, TransportError, Unavailable
+from serving.errors import Aborted, BrokenStream, DeadlineExceeded, InvalidInput, QueueFull, TransportError, Unavailable
 from serving.requests import Chunk, Event, Limits, Sampling, ServerInfo
 
 _DEADLINE_MARGIN_S = 2.0  # the server's own verdict, with the partial answer, should come first
@@ -212,6 +212,8 @@ def _check_continuity(chunk: Chunk, position: int, request_id: str) -> None:
 def _check_finish(chunk: Chunk, position: int) -> None:
     if chunk.finish == "deadline":
         raise DeadlineExceeded(f"The deadline passed after {position} tokens; allow more time or fewer tokens.")
+    if chunk.finish == "abort":
+        raise Aborted(f"The request was aborted after {position} tokens.", tokens=position)
 
 
 def _joined(chunks: Sequence[Chunk]) -> Chunk:

@@ -10,7 +10,6 @@ from grpc.aio import ServicerContext
 from serving.api import translate, validation
 from serving.api.generated import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from serving.api.service import Service, Stream
-from serving.errors import DeadlineExceeded
 from serving.requests import Chunk
 
 
@@ -36,7 +35,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with aclosing(await self._service.submit(request)) as chunks:
             async for chunk in chunks:
                 translate.extend_response(response, chunk)
-                _check_deadline(chunk)
         return response
 
     async def GenerateStream(self, message: inference_pb2.GenerateRequest, context: ServicerContext) -> None:
@@ -102,10 +100,3 @@ async def _write(chunks: Stream[Chunk], context: ServicerContext, info: inferenc
             message.prompt_info.CopyFrom(info)
             info = None
         await context.write(message)
-        _check_deadline(chunk)
-
-
-def _check_deadline(chunk: Chunk) -> None:
-    if chunk.finish == "deadline":
-        delivered = chunk.output_index + len(chunk.token_ids)
-        raise DeadlineExceeded(f"The deadline passed after {delivered} tokens; allow more time or fewer tokens.")
