@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.engine.batch import SampledToken, SequenceStep, StepPlan
-from serving.engine.exact import softmax_terms
+from serving.engine.exact import exp_nonpositive, softmax_terms
 from serving.requests import Sampling, TopLogprob
 
 _MASK64 = (1 << 64) - 1
@@ -26,9 +27,12 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
     """
     sequences = [sequence for sequence in plan.sequences if sequence.sampling is not None]
     scores = torch.nan_to_num(logits.double(), nan=-math.inf).clamp_(-1e30, 1e30)
-    normalizers = _log_normalizers(scores)
-    greedy = _lowest_argmax(scores)
-    return [_sampled(sequence, scores[row], normalizers[row], greedy[row]) for row, sequence in enumerate(sequences)]
+    best = scores.amax(-1, keepdim=True)
+    normalizers = [
+        high + math.log(total) for high, total in zip(*_columns(best, softmax_terms(scores)[1]), strict=True)
+    ]
+    greedy = list(zip(_lowest(scores == best), best[:, 0].tolist(), strict=True))
+    return [_sampled(sequence, scores[row], normalizers[row], *greedy[row]) for row, sequence in enumerate(sequences)]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -37,14 +41,18 @@ def uniform(seed: int, index: int) -> float:
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def _sampled(sequence: SequenceStep, scores: Tensor, normalizer: float, greedy: int) -> SampledToken:
+def _sampled(sequence: SequenceStep, scores: Tensor, normalizer: float, token: int, score: float) -> SampledToken:
+    """`token` and its `score` are the greedy choice; only other wishes bring the row to the host."""
     sampling = sequence.sampling or Sampling()
-    token = greedy
-    if sampling.temperature > 0:
-        row = np.ascontiguousarray(scores.cpu().numpy())
-        token = draw(row, sampling, uniform(sampling.seed, sequence.output_index))
-    logprob = float(scores[token]) - normalizer
-    return SampledToken(sequence.key, token, logprob, _alternatives(scores, normalizer, sampling.logprobs))
+    top: list[TopLogprob] = []
+    if sampling.temperature > 0 or sampling.logprobs > 0:
+        row = scores.cpu().numpy()
+        if sampling.temperature > 0:
+            token = draw(row, sampling, uniform(sampling.seed, sequence.output_index))
+            score = float(row[token])
+        order = np.argsort(-row, kind="stable")[: sampling.logprobs]
+        top = [TopLogprob(int(other), float(row[other]) - normalizer) for other in order]
+    return SampledToken(sequence.key, token, score - normalizer, top)
 
 
 def draw(scores: NDArray[np.float64], sampling: Sampling, point: float) -> int:
@@ -57,7 +65,7 @@ def draw(scores: NDArray[np.float64], sampling: Sampling, point: float) -> int:
     order = np.argsort(-scaled, kind="stable")
     if sampling.top_k > 0:
         order = order[: sampling.top_k]
-    cumulative = np.cumsum(np.exp(scaled[order]))
+    cumulative = np.cumsum(exp_nonpositive(torch.from_numpy(scaled[order])).numpy())
     kept = len(order)
     if sampling.top_p < 1.0:
         kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1
@@ -65,24 +73,12 @@ def draw(scores: NDArray[np.float64], sampling: Sampling, point: float) -> int:
     return int(order[min(index, kept - 1)])
 
 
-def _lowest_argmax(scores: Tensor) -> list[int]:
-    """Index of each row's maximum, the lowest of equals (which `argmax` leaves open)."""
-    ids = torch.arange(scores.shape[1], device=scores.device)
-    best = scores.amax(-1, keepdim=True)
-    result: list[int] = torch.where(scores == best, ids, scores.shape[1]).amin(-1).tolist()
+def _lowest(chosen: Tensor) -> list[int]:
+    """Lowest true index of each row; `argmax` would leave open which of several it returns."""
+    ids = torch.arange(chosen.shape[1], device=chosen.device)
+    result: list[int] = torch.where(chosen, ids, chosen.shape[1]).amin(-1).tolist()
     return result
 
 
-def _log_normalizers(scores: Tensor) -> list[float]:
-    """log of the sum of exp of each row; the sum is exact, so it does not depend on the batch."""
-    best = scores.amax(-1).tolist()
-    _, totals = softmax_terms(scores)
-    return [high + math.log(total) for high, total in zip(best, totals[:, 0].tolist(), strict=True)]
-
-
-def _alternatives(scores: Tensor, normalizer: float, count: int) -> list[TopLogprob]:
-    if count <= 0:
-        return []
-    row = scores.cpu().numpy()
-    order = np.argsort(-row, kind="stable")[:count]
-    return [TopLogprob(int(token), float(row[token]) - normalizer) for token in order]
+def _columns(*tensors: Tensor) -> Iterator[list[float]]:
+    return (tensor[:, 0].tolist() for tensor in tensors)

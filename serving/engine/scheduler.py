@@ -8,96 +8,15 @@ waits for ever. Stop strings are the controller's business.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from data.errors import InvalidInput
-from serving.engine.batch import SampledToken, SequenceStep, StepPlan
+from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.blocks import BlockAllocator, blocks_for
-from serving.requests import FinishReason, Limits, Sampling, TopLogprob
+from serving.engine.sequence import Emission, QueuedSequence, ScheduledRequest, SchedulerLimits, StepBudget
+from serving.requests import FinishReason
 
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """What one replica can take: requests holding KV at once, tokens of a step, KV blocks, context length.
-
-    `plans_in_flight` is the number of steps the caller keeps under way at once (pipeline stages);
-    running requests are spread over them.
-    """
-
-    max_batch: int
-    step_tokens: int
-    block_tokens: int
-    blocks: int
-    max_positions: int
-    plans_in_flight: int = 1
-
-    def __post_init__(self) -> None:
-        if min(self.max_batch, self.step_tokens, self.block_tokens, self.blocks, self.plans_in_flight) < 1:
-            raise InvalidInput(f"every limit of {self} must be at least 1")
-
-
-@dataclass(slots=True)
-class ScheduledRequest:
-    """A request as its replica runs it. `output` may begin with tokens committed earlier: they are
-    prefilled with the prompt, and the next token has output index `len(output)`. The scheduler
-    appends to `output`. `deadline_at_s` is on the clock that `schedule` and `expire` are given.
-    """
-
-    key: int
-    prompt: Sequence[int]
-    output: list[int] = field(default_factory=list)
-    sampling: Sampling = field(default_factory=Sampling)
-    limits: Limits = field(default_factory=Limits)
-    deadline_at_s: float | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and output so far."""
-        return len(self.prompt) + len(self.output)
-
-
-@dataclass(frozen=True, slots=True)
-class Emission:
-    """Something to tell about a request: its token number `index`, or (`token` None) only its end.
-
-    `error` says why a request ended as `abort` without having been asked to.
-    """
-
-    key: int
-    index: int
-    token: int | None = None
-    logprob: float = 0.0
-    top: tuple[TopLogprob, ...] = ()
-    finish: FinishReason | None = None
-    error: str = ""
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A request's place in the queue (`order`) and what of it is cached and under way."""
-
-    request: ScheduledRequest
-    order: int
-    blocks: list[int] = field(default_factory=list)
-    cached: int = 0
-    in_flight: bool = False
-    ended: bool = False
-
-    @property
-    def remaining(self) -> int:
-        """Known tokens not yet cached; at least one, whose logits give the next token."""
-        return self.request.total_tokens - self.cached
-
-    @property
-    def ready(self) -> bool:
-        return not self.in_flight and not self.ended
-
-    def tokens(self, count: int) -> list[int]:
-        """The next `count` tokens to compute."""
-        prompt, output = self.request.prompt, self.request.output
-        stop, split = self.cached + count, len(prompt)
-        return [*prompt[self.cached : stop], *output[max(self.cached - split, 0) : max(stop - split, 0)]]
+__all__ = ["Emission", "ScheduledRequest", "Scheduler", "SchedulerLimits"]
 
 
 class Scheduler:
@@ -107,9 +26,9 @@ class Scheduler:
         self._limits = limits
         self._eos = frozenset(eos_token_ids)
         self._allocator = BlockAllocator(limits.blocks)
-        self._sequences: dict[int, _Sequence] = {}
-        self._running: list[_Sequence] = []
-        self._waiting: list[_Sequence] = []
+        self._sequences: dict[int, QueuedSequence] = {}
+        self._running: list[QueuedSequence] = []
+        self._waiting: list[QueuedSequence] = []
         self._ended: list[Emission] = []
         self._arrivals = 0
         self._steps = 0
@@ -170,7 +89,7 @@ class Scheduler:
     def abort(self, key: int) -> bool:
         """Forget a request without a word; its KV is free now, or when its step completes. False if unknown."""
         sequence = self._sequences.get(key)
-        if sequence is None:
+        if sequence is None or sequence.ended:
             return False
         self._remove(sequence)
         return True
@@ -178,28 +97,24 @@ class Scheduler:
     def expire(self, now_s: float) -> list[Emission]:
         """Ends that came without a token: deadlines passed by `now_s`, and requests that cannot go on."""
         for sequence in list(self._sequences.values()):
-            deadline = sequence.request.deadline_at_s
-            if deadline is not None and deadline <= now_s:
+            if sequence.late(now_s):
                 self._end(sequence, "deadline")
         ended, self._ended = self._ended, []
         return ended
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, from requests that are in no step under way; None if nothing can be computed now."""
-        steps: list[SequenceStep] = []
-        budget = self._limits.step_tokens
-        most = -(-self._limits.max_batch // self._limits.plans_in_flight)
-        for sequence in self._candidates(now_s):
-            if not budget or len(steps) == most:
-                break
-            count = min(sequence.remaining, budget)
-            if self._grow(sequence, sequence.cached + count):
-                steps.append(self._step(sequence, count))
-                budget -= count
-        if not steps:
+        step = StepBudget(self._limits, len(self._sequences), sum(other.decoding for other in self._running))
+        for sequence in sorted(self._running, key=lambda other: other.order):
+            # An earlier one of this loop may have taken its blocks.
+            if sequence.ready and not sequence.late(now_s) and sequence in self._running:
+                self._advance(sequence, step)
+        while step.open and self._admit(now_s):
+            self._advance(self._running[-1], step)
+        if not step.sequences:
             return None
         self._steps += 1
-        return StepPlan(self._steps, steps)
+        return StepPlan(self._steps, step.sequences)
 
     def complete(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> list[Emission]:
         """Account for a finished step: `sampled` holds the tokens of its sequences with `sampling` set."""
@@ -225,38 +140,34 @@ class Scheduler:
             if sequence.cached and not sequence.ended
         ]
 
-    def _register(self, request: ScheduledRequest) -> _Sequence:
+    def _register(self, request: ScheduledRequest) -> QueuedSequence:
         if not request.prompt:
             raise InvalidInput(f"request {request.key} has an empty prompt; give at least one token")
         if request.key in self._sequences:
             raise InvalidInput(f"request {request.key} is being served already")
-        sequence = _Sequence(request, self._arrivals)
+        sequence = QueuedSequence(request, self._arrivals)
         self._arrivals += 1
         self._sequences[request.key] = sequence
         return sequence
 
-    def _candidates(self, now_s: float) -> Iterator[_Sequence]:
-        """Decoding requests, then those still prefilling, then waiting ones as they are admitted; oldest first."""
-        ready = [sequence for sequence in self._running if sequence.ready and not _late(sequence, now_s)]
-        ready.sort(key=lambda sequence: (sequence.remaining > 1, sequence.order))
-        for sequence in ready:
-            if sequence in self._running:  # it may have been preempted for one before it
-                yield sequence
-        while self._waiting and len(self._running) < self._limits.max_batch:
-            if _late(self._waiting[0], now_s) or not self._admit(self._waiting[0]):
-                return
-            yield self._running[-1]
+    def _advance(self, sequence: QueuedSequence, step: StepBudget) -> None:
+        """Put what the budget allows of a sequence into the step, if its KV can be had."""
+        count = step.share(sequence)
+        if count and self._grow(sequence, sequence.cached + count):
+            step.take(sequence.step(count))
 
-    def _admit(self, sequence: _Sequence) -> bool:
-        """Let the first waiting request in if all it is known to need is free."""
-        needed = blocks_for(sequence.request.total_tokens, self._limits.block_tokens)
-        if not self._allocator.can_allocate(needed):
+    def _admit(self, now_s: float) -> bool:
+        """Let the first waiting request in if a place and all the KV it is known to need are free."""
+        if not self._waiting or len(self._running) >= self._limits.max_batch:
             return False
-        self._waiting.remove(sequence)
-        self._running.append(sequence)
+        first = self._waiting[0]
+        needed = blocks_for(first.request.total_tokens, self._limits.block_tokens)
+        if first.late(now_s) or not self._allocator.can_allocate(needed):
+            return False
+        self._running.append(self._waiting.pop(0))
         return True
 
-    def _grow(self, sequence: _Sequence, tokens: int) -> bool:
+    def _grow(self, sequence: QueuedSequence, tokens: int) -> bool:
         """Blocks for `tokens` tokens, from younger requests if need be; False if it has to wait."""
         missing = blocks_for(tokens, self._limits.block_tokens) - len(sequence.blocks)
         while not self._allocator.can_allocate(missing):
@@ -267,30 +178,18 @@ class Scheduler:
         sequence.blocks += self._allocator.allocate(max(missing, 0))
         return True
 
-    def _youngest_after(self, sequence: _Sequence) -> _Sequence | None:
+    def _youngest_after(self, sequence: QueuedSequence) -> QueuedSequence | None:
         younger = [other for other in self._running if other.order > sequence.order and other.ready and other.blocks]
         return max(younger, key=lambda other: other.order, default=None)
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: QueuedSequence) -> None:
         self._running.remove(sequence)
         self._allocator.free(sequence.blocks)
         sequence.blocks, sequence.cached = [], 0
         insort(self._waiting, sequence, key=lambda other: other.order)
         self.preempted += 1
 
-    def _step(self, sequence: _Sequence, count: int) -> SequenceStep:
-        request = sequence.request
-        sequence.in_flight = True
-        return SequenceStep(
-            key=request.key,
-            start=sequence.cached,
-            tokens=sequence.tokens(count),
-            blocks=list(sequence.blocks),
-            sampling=request.sampling if count == sequence.remaining else None,
-            output_index=len(request.output),
-        )
-
-    def _emit(self, sequence: _Sequence, drawn: SampledToken) -> Emission:
+    def _emit(self, sequence: QueuedSequence, drawn: SampledToken) -> Emission:
         request = sequence.request
         index = len(request.output)
         request.output.append(drawn.token)
@@ -310,7 +209,7 @@ class Scheduler:
             return "length"
         return None
 
-    def _end_if_over(self, sequence: _Sequence) -> bool:
+    def _end_if_over(self, sequence: QueuedSequence) -> bool:
         """End a request that is complete as it stands, or whose next step needs more KV than there is."""
         reason = self._finish_reason(sequence.request)
         tokens, capacity = sequence.request.total_tokens, self._limits.blocks * self._limits.block_tokens
@@ -320,18 +219,18 @@ class Scheduler:
             self._end(sequence, "abort", f"{tokens} tokens do not fit in a KV cache of {capacity}; shorten the request")
         return sequence.ended
 
-    def _end(self, sequence: _Sequence, reason: FinishReason, error: str = "") -> None:
+    def _end(self, sequence: QueuedSequence, reason: FinishReason, error: str = "") -> None:
         if not sequence.ended:
             request = sequence.request
             self._ended.append(Emission(request.key, len(request.output), finish=reason, error=error))
             self._remove(sequence)
 
-    def _remove(self, sequence: _Sequence) -> None:
+    def _remove(self, sequence: QueuedSequence) -> None:
         sequence.ended = True
         if not sequence.in_flight:
             self._discard(sequence)
 
-    def _discard(self, sequence: _Sequence) -> None:
+    def _discard(self, sequence: QueuedSequence) -> None:
         sequence.ended = True
         for queue in (self._running, self._waiting):
             if sequence in queue:
@@ -339,8 +238,3 @@ class Scheduler:
         self._allocator.free(sequence.blocks)
         sequence.blocks = []
         del self._sequences[sequence.request.key]
-
-
-def _late(sequence: _Sequence, now_s: float) -> bool:
-    deadline = sequence.request.deadline_at_s
-    return deadline is not None and deadline <= now_s
