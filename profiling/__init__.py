@@ -1,1 +1,1 @@
-"""Measurements on real devices: step times and links."""
+"""Measurements on real devices: step times, links, and the fingerprint of the machine they hold for."""

@@ -154,9 +154,9 @@ def test_a_changed_book_is_refused(registry: Registry, tmp_path: Path) -> None:
 
 def test_unknown_names_and_aliases_are_explained(registry: Registry) -> None:
     publish(registry, Release(book()), CHAMPION)
-    with pytest.raises(NotFound, match="no plan plan.tiny-llama.local-4@9"):
+    with pytest.raises(NotFound, match=r"no plan plan\.tiny-llama\.local-4@9"):
         registry.load_plan(NAME, "9")
-    with pytest.raises(NotFound, match="no plan plan.other@champion"):
+    with pytest.raises(NotFound, match=r"no plan plan\.other@champion"):
         registry.load_plan("plan.other")
     with pytest.raises(InvalidInput, match="use one of champion"):
         registry.promote(NAME, "1", "best")
