@@ -140,7 +140,7 @@ def _write_weights(directory: Path, spec: ModelSpec, seed: int, max_shard_bytes:
     if len(shards) == 1:
         save_file(shards[0], directory / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,11 +27,12 @@ def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
     sequences = [sequence for sequence in plan.sequences if sequence.sampling is not None]
     scores = torch.nan_to_num(logits.double(), nan=-math.inf).clamp_(-1e30, 1e30)
     best = scores.amax(-1, keepdim=True)
-    normalizers = [
-        high + math.log(total) for high, total in zip(*_columns(best, softmax_terms(scores)[1]), strict=True)
+    totals = softmax_terms(scores)[1]
+    greedy = zip(_lowest(scores == best), best[:, 0].tolist(), totals[:, 0].tolist(), strict=True)
+    return [
+        _sampled(sequence, scores[row], high + math.log(total), token, high)
+        for row, (sequence, (token, high, total)) in enumerate(zip(sequences, greedy, strict=True))
     ]
-    greedy = list(zip(_lowest(scores == best), best[:, 0].tolist(), strict=True))
-    return [_sampled(sequence, scores[row], normalizers[row], *greedy[row]) for row, sequence in enumerate(sequences)]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -78,7 +78,3 @@ def _lowest(chosen: Tensor) -> list[int]:
     ids = torch.arange(chosen.shape[1], device=chosen.device)
     result: list[int] = torch.where(chosen, ids, chosen.shape[1]).amin(-1).tolist()
     return result
-
-
-def _columns(*tensors: Tensor) -> Iterator[list[float]]:
-    return (tensor[:, 0].tolist() for tensor in tensors)

@@ -45,21 +45,24 @@ class StepTensors:
     @classmethod
     def of(cls, plan: StepPlan, *, block_tokens: int, window: int | None, device: torch.device) -> StepTensors:
         """The tensors of a plan; `window` is the width of sliding-window attention, if any."""
-        tokens, positions, slots, sampled, pieces = [], [], [], [], []
+        rows: list[tuple[int, int, int]] = []
+        sampled: list[int] = []
+        pieces: list[_Piece] = []
         for sequence in plan.sequences:
-            stop = sequence.start + len(sequence.tokens)
-            pieces.append(_Piece.of(sequence, len(tokens), block_tokens))
-            tokens += sequence.tokens
-            positions += range(sequence.start, stop)
-            slots += [
-                sequence.blocks[position // block_tokens] * block_tokens + position % block_tokens
-                for position in range(sequence.start, stop)
-            ]
+            pieces.append(_Piece.of(sequence, len(rows), block_tokens))
+            for position, token in enumerate(sequence.tokens, start=sequence.start):
+                block, offset = divmod(position, block_tokens)
+                rows.append((token, position, sequence.blocks[block] * block_tokens + offset))
             if sequence.sampling is not None:
-                sampled.append(len(tokens) - 1)
-        columns = (torch.tensor(x, dtype=torch.long, device=device) for x in (tokens, positions, slots, sampled))
-        groups = _grouped(pieces, block_tokens)
-        return cls(*columns, tuple(_attention_group(group, block_tokens, window, device) for group in groups))
+                sampled.append(len(rows) - 1)
+        tokens, positions, slots = torch.tensor(rows, dtype=torch.long, device=device).unbind(1)
+        return cls(
+            tokens,
+            positions,
+            slots.contiguous(),
+            torch.tensor(sampled, dtype=torch.long, device=device),
+            tuple(_attention_group(group, block_tokens, window, device) for group in _grouped(pieces, block_tokens)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
