@@ -9,10 +9,10 @@ from __future__ import annotations
 import msgspec
 
 from planning.resharding import Box
-from serving.requests import FinishReason, Sampling, TopLogprob
+from serving.requests import FinishReason, Limits, Sampling, TopLogprob
 
 
-class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Message(msgspec.Struct, frozen=True, tag=True, tag_field="message", array_like=True):
     """Base of everything that crosses a control connection."""
 
 
@@ -115,6 +115,7 @@ class Emission(msgspec.Struct, frozen=True, array_like=True):
     logprob: float = 0.0
     top: list[TopLogprob] = []
     finish: FinishReason | None = None
+    error: str = ""
 
 
 class Tokens(Message):
@@ -209,9 +210,7 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
     prompt: list[int]
     output: list[int]
     sampling: Sampling
-    max_tokens: int
-    stop_token_ids: list[int]
-    ignore_eos: bool
+    limits: Limits
     deadline_s: float | None
 
 

@@ -48,6 +48,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int = 64 << 20
     step_tokens: int = 256  # prefill + decode tokens of one step
     threads: int = 1
+    free_step_s: float = 0.0  # with numerics "free": how long a step takes
 
 
 class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,9 +16,7 @@ from serving.errors import PerennialError
 
 async def _serve(identity: Identity, configuration: settings.ServingSettings) -> int:
     agent = Agent(identity, configuration)
-    asyncio.get_running_loop().add_signal_handler(
-        signal.SIGTERM, lambda: agent.notice(identity.grace_s, "sigterm")
-    )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: agent.notice(identity.grace_s, "sigterm"))
     await agent.start()
     try:
         await lifeline.persist(agent.serve, give_up_s=configuration.timeouts.controller_gone_s)

@@ -75,9 +75,7 @@ class Agent:
             host, int(port), frame_bytes=settings.capacity.frame_bytes, timeout_s=settings.timeouts.join_s
         )
         self._connection = connection
-        connection.send(
-            m.AgentHello(settings.token, identity.instance, identity.type, identity.devices, os.getpid())
-        )
+        connection.send(m.AgentHello(settings.token, identity.instance, identity.type, identity.devices, os.getpid()))
         self._tell_notice()
         beat = asyncio.create_task(self._beat(connection))
         try:

@@ -37,9 +37,7 @@ async def _serve(configuration: settings.ServingSettings) -> None:
     metrics = serve_metrics(controller.metrics.registry, host, configuration.metrics_port)
     if configuration.ready_file:
         addresses = {"grpc": f"{host}:{grpc_port}", "control": f"{host}:{control_port}"}
-        _announce(
-            configuration.ready_file, {**addresses, "metrics": f"{host}:{metrics.port}", "pid": os.getpid()}
-        )
+        _announce(configuration.ready_file, {**addresses, "metrics": f"{host}:{metrics.port}", "pid": os.getpid()})
     await stopping.wait()
     await api.stop(1.0)
     metrics.close()

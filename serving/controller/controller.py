@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -98,7 +98,7 @@ class Controller:
 
     # -- requests ---------------------------------------------------------------------------------------
 
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+    async def submit(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """See `Service.submit`."""
         record = self._ledger.known(request)
         if record is None:
@@ -126,14 +126,14 @@ class Controller:
         self.metrics.rejected(error)
         return error
 
-    def attach(self, request_id: str, resume_from: int) -> AsyncIterator[Chunk]:
+    def attach(self, request_id: str, resume_from: int) -> AsyncGenerator[Chunk, None]:
         """See `Service.attach`."""
         record = self._ledger.find(request_id)
         if not 0 <= resume_from <= record.committed:
             raise InvalidInput(f"cannot resume from token {resume_from}: {record.committed} exist")
         return self._listen(record, resume_from)
 
-    async def _listen(self, record: Record, start: int) -> AsyncIterator[Chunk]:
+    async def _listen(self, record: Record, start: int) -> AsyncGenerator[Chunk, None]:
         record.listeners += 1
         record.orphaned_at = None
         clock = asyncio.get_running_loop().time
@@ -271,7 +271,7 @@ class Controller:
             names = ", ".join(sorted(self.fleet.membership.instances)) or "none"
             raise NotFound(f"no instance {instance} is here; present: {names}")
 
-    def events(self, since: int) -> AsyncIterator[Event]:
+    def events(self, since: int) -> AsyncGenerator[Event, None]:
         """See `Service.events`."""
         return self.log.follow(since)
 
@@ -320,4 +320,3 @@ def _read_tokenizer(checkpoint: str) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise CorruptData(f"{path} is not a tokenizer; the checkpoint is incomplete") from error
-

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from serving.requests import Event
 
@@ -29,7 +29,7 @@ class EventLog:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def follow(self, since: int) -> AsyncIterator[Event]:
+    async def follow(self, since: int) -> AsyncGenerator[Event, None]:
         """Kept events after `since`, then new ones for ever."""
         while True:
             changed = self._changed

@@ -59,6 +59,7 @@ class Fleet:
         self._current: Reconfiguration | None = None
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._early: list[tuple[Device, m.Tokens]] = []  # from replicas that ran before all had said so
         self._broken = False  # a replica failed since the last layout
 
     async def start(self) -> int:
@@ -138,6 +139,8 @@ class Fleet:
     def _take(self, device: Device, message: m.Tokens) -> None:
         replica = self.dispatcher.replicas.get(message.replica)
         if replica is None:
+            if self._current is not None and self._current.builds(message.replica):
+                self._early.append((device, message))
             return
         replica.running, replica.waiting, replica.kv_usage = message.running, message.waiting, message.kv_usage
         for emission in message.emissions:
@@ -217,7 +220,7 @@ class Fleet:
             try:
                 await self._step()
                 failures = 0
-            except Exception as error:  # noqa: BLE001 - the loop must outlive whatever one attempt meets
+            except Exception as error:  # the loop must outlive whatever one attempt meets
                 failures += 1
                 if not isinstance(error, TransitionFailed):
                     logger.exception("epoch %d", self.epoch)
@@ -238,13 +241,10 @@ class Fleet:
         """One look at the fleet, and what follows from it."""
         target = self._target()
         transition = self._plan(target) if target else None
-        if transition is None:
-            self._report_capacity()
-            self._dismiss_idle()
-            return
-        if not transition.empty:
-            await self._carry_out(transition, target)
-        self.config = target
+        if target is not None and transition is not None:
+            if not transition.empty:
+                await self._carry_out(transition, target)
+            self.config = target
         self._report_capacity()
         self._dismiss_idle()
 
@@ -283,7 +283,7 @@ class Fleet:
         attempt = Reconfiguration(
             self.epoch, transition, retired, self._spec, self._settings, self.membership, self._number, self._resident
         )
-        self._current = attempt
+        self._current, self._early = attempt, []
         try:
             outcome = await attempt.run(self._prepared, lambda: self._hold(retired))
         except TransitionFailed:
@@ -329,6 +329,8 @@ class Fleet:
         self._metrics.migration("move", len(outcome.adopted))
         for phase, seconds in outcome.seconds.items():
             self._metrics.reconfiguration(phase, seconds)
+        for device, message in self._early:
+            self._take(device, message)
         self.dispatch()
 
     def _close_stores(self) -> None:
@@ -369,4 +371,3 @@ class Fleet:
         for name, instance in self.membership.instances.items():
             if instance.leaving_at is not None and not instance.dismissed and name not in busy:
                 self.membership.dismiss(name)
-

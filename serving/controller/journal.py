@@ -185,9 +185,7 @@ class Journal:
             if len(entries) < len(group):
                 return
 
-    def _commit_group(
-        self, entries: Sequence[tuple[list[_Statement], asyncio.Future[None]]]
-    ) -> list[Exception | None]:
+    def _commit_group(self, entries: Sequence[tuple[list[_Statement], asyncio.Future[None]]]) -> list[Exception | None]:
         """All in one transaction; if that fails, each in its own, giving up the reserve if need be."""
         try:
             self._transaction([statement for statements, _ in entries for statement in statements])

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from serving.controller.journal import Journal, JournalFull, StoredRequest
 from serving.controller.records import Record, TextScanner
-from serving.errors import AlreadyExists, NotFound, QueueFull
+from serving.errors import Aborted, AlreadyExists, NotFound, QueueFull
 from serving.messages import Emission
 from serving.requests import FinishReason, GenerationRequest
 
@@ -110,6 +110,8 @@ class Ledger:
         if record.finish is not None:
             return True
         if emission.token is None:
+            if emission.error:
+                record.failure = Aborted(emission.error, tokens=len(record.output))
             self.end(record, emission.finish or "abort")
             return True
         if emission.index != len(record.output):
@@ -162,7 +164,7 @@ class Ledger:
             if len(record.output) > record.committed
         ]
         if not tokens and not ends:
-            return
+            return None
         while True:
             try:
                 return await self._journal.commit(tokens, ends)

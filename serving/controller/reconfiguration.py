@@ -86,6 +86,10 @@ class Reconfiguration:
         if device in self.world and self._phase is not None:
             self._phase.fail(f"{device} was lost ({reason})")
 
+    def builds(self, number: int) -> bool:
+        """Whether replica `number` is one of the new ones."""
+        return any(replica.number == number for replica in self.new)
+
     def fail(self, reason: str) -> None:
         """End the attempt at once."""
         if self._phase is not None:
@@ -210,4 +214,3 @@ class Reconfiguration:
             "weights_disk_bytes": sum(answer.disk_bytes for answer in prepared.values()),
             "kv_bytes": kv_bytes,
         }
-

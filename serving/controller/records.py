@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
@@ -94,9 +94,7 @@ class Record:
             prompt=list(request.prompt),
             output=list(self.output),
             sampling=request.sampling,
-            max_tokens=request.limits.max_tokens,
-            stop_token_ids=list(request.limits.stop_token_ids),
-            ignore_eos=request.limits.ignore_eos,
+            limits=request.limits,
             deadline_s=None if self.deadline_at is None else max(0.0, self.deadline_at - now),
         )
 
@@ -118,7 +116,7 @@ class Record:
             finish=self.finish if self.ended else None,
         )
 
-    async def chunks(self, start: int) -> AsyncIterator[Chunk]:
+    async def chunks(self, start: int) -> AsyncGenerator[Chunk, None]:
         """Committed tokens from `start` on, as they come; ends after the chunk with `finish`.
 
         Raises `DeadlineExceeded`, or `Aborted` with the count of tokens, if the request ended so.

@@ -74,14 +74,18 @@ class CheckpointReader:
 
         `shape` is what the whole tensor should measure; without it any is accepted.
         """
-        if name not in self._file_of:
-            raise CorruptData(f"checkpoint {self._directory} lacks the tensor {name}; copy it again")
-        view = self._open(self._file_of[name]).get_slice(name)
+        view = self._slice(name)
         stored = tuple(view.get_shape())
         if shape is not None and stored != tuple(shape):
             raise CorruptData(f"tensor {name} of {self._directory} has shape {stored}, config.json says {tuple(shape)}")
         tensor: Tensor = view[tuple(slice(low, high) for low, high in zip(start, stop, strict=True))]
         return tensor.contiguous()
+
+    def _slice(self, name: str) -> Any:
+        try:
+            return self._open(self._file_of[name]).get_slice(name)
+        except (KeyError, SafetensorError) as error:
+            raise CorruptData(f"checkpoint {self._directory} lacks the tensor {name}; copy it again") from error
 
     def _find_tensors(self) -> dict[str, str]:
         if (self._directory / _INDEX).is_file():

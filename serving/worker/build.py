@@ -12,14 +12,13 @@ from torch import Tensor
 from data.errors import InvalidInput
 from data.layout import ParallelConfig
 from data.layout import Position as Coordinates
-from data.models import kv_head_range
+from data.models import ModelSpec, kv_head_range
 from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.free import FreeModel
 from serving.engine.kv_cache import KvCache
 from serving.engine.model import ShardModel
 from serving.engine.place import Place
 from serving.engine.sampler import sample
-from serving.engine.weights import CheckpointReader
 from serving.messages import Role
 from serving.settings import EngineSettings
 from serving.worker.groups import Group
@@ -53,7 +52,7 @@ def numerics_of(engine: EngineSettings) -> str:
 class Build:
     """The circumstances of one epoch on one worker."""
 
-    reader: CheckpointReader
+    spec: ModelSpec
     store: dist.Store
     epoch: int
     device: torch.device
@@ -81,7 +80,7 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
     group = build.group(f"r{role.replica}", role.members, own)
     stage, shard = divmod(role.rank, role.shards)
     peers = role.members[stage * role.shards : (stage + 1) * role.shards]
-    spec = build.reader.spec
+    spec = build.spec
     config = ParallelConfig(1, role.stages, role.shards, role.max_batch, tuple(role.partition))
     place = Place.of(spec, config, Coordinates(0, stage, shard))
     cache = KvCache(
@@ -94,7 +93,7 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
         device=build.device,
     )
     if numerics_of(build.engine) == "free":
-        free = FreeModel(spec)
+        free = FreeModel(spec, build.engine.free_step_s)
         return Position(role, free, cache, group, free.draw)
     comm = build.group(f"r{role.replica}s{stage}", peers, own)
     weights = {name: held.data for name, held in tensors.items()}

@@ -8,17 +8,15 @@ makes every peer that waits on it fail in turn.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from serving.errors import PerennialError
-
-logger = logging.getLogger(__name__)
 
 _PACKET_BYTES = 8192
 _LENGTH_BYTES = 8
@@ -66,7 +64,7 @@ class Group:
         self, store: dist.Store, prefix: str, rank: int, size: int, *, device: torch.device, host: str, timeout_s: float
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self._nccl: dist.ProcessGroupNCCL | None = None
+        self._nccl: Any = None  # torch's CPU builds have no type for it
         self._aborted = False
         if size == 1:
             return
@@ -78,7 +76,7 @@ class Group:
             raise GroupBroken(f"group {prefix} did not form: {str(error).splitlines()[0][:200]}") from error
 
     @property
-    def _tensors(self) -> dist.ProcessGroup:
+    def _tensors(self) -> Any:
         return self._nccl or self._gloo
 
     def send(self, tensor: Tensor, peer: int) -> Pending:
@@ -127,7 +125,7 @@ class Group:
         _wait(work)
         self.check()
 
-    def _start(self, group: dist.ProcessGroup, tensor: Tensor, peer: int) -> Pending:
+    def _start(self, group: Any, tensor: Tensor, peer: int) -> Pending:
         try:
             return Pending([group.send([tensor], peer, 0)], [tensor])
         except RuntimeError as error:
@@ -146,8 +144,8 @@ class Group:
         parts = [
             tensor if peer == self.rank else self.receive(torch.empty_like(tensor), peer) for peer in range(self.size)
         ]
-        for part in pending:
-            part.wait()
+        for one in pending:
+            one.wait()
         total = parts[0].clone()
         for part in parts[1:]:
             total += part
@@ -198,19 +196,19 @@ class Group:
             self._nccl.abort()
 
 
-def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
+    backend: Any = dist.ProcessGroupGloo
+    options = backend._Options()
     options._timeout = timedelta(seconds=timeout_s)
     # Naming the address keeps gloo off every other interface.
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    options._devices = [backend.create_device(hostname=host)]
+    return backend(store, rank, size, options)
 
 
-def _nccl(
-    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float
-) -> dist.ProcessGroupNCCL:
-    options = dist.ProcessGroupNCCL.Options()
+def _nccl(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
+    backend: Any = dist.ProcessGroupNCCL
+    options = backend.Options()
     options._timeout = timedelta(seconds=timeout_s)
-    group = dist.ProcessGroupNCCL(store, rank, size, options)
+    group = backend(store, rank, size, options)
     group.eager_connect_single_device(device)
     return group

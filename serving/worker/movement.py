@@ -40,11 +40,6 @@ class WeightResult:
     disk_bytes: int = 0
 
 
-def shape(box: Box) -> tuple[int, ...]:
-    """Extents of a box."""
-    return tuple(high - low for low, high in zip(box.start, box.stop, strict=True))
-
-
 @dataclass(slots=True)
 class _Packing:
     """Boxes of one peer, cut into messages of at most `limit` elements (a larger box is one message)."""
@@ -115,7 +110,7 @@ class WeightMover:
         held = self.held.get(box.tensor)
         if held is not None and held.box.overlap(box) == box:
             return HeldTensor(box, held.view(box))  # already here: a view, not a copy
-        return HeldTensor(box, torch.empty(shape(box), dtype=self.dtype, device=self.device))
+        return HeldTensor(box, torch.empty(box.shape, dtype=self.dtype, device=self.device))
 
     def _copy_local(self, target: HeldTensor) -> int:
         held = self.held.get(target.box.tensor)
@@ -132,12 +127,12 @@ class WeightMover:
     def _unpack(self, boxes: Sequence[Box], buffer: Tensor, tensors: Mapping[str, HeldTensor]) -> int:
         parts = torch.split(buffer, [box.elements for box in boxes])
         for box, part in zip(boxes, parts, strict=True):
-            tensors[box.tensor].view(box).copy_(part.view(shape(box)))
+            tensors[box.tensor].view(box).copy_(part.view(box.shape))
         return buffer.numel() * self.dtype.itemsize
 
     def _read(self, boxes: Sequence[Box], tensors: Mapping[str, HeldTensor]) -> int:
         for box in boxes:
-            data = self.reader.read_box(box.tensor, box.start, box.stop)
+            data = self.reader.read(box.tensor, box.start, box.stop)
             tensors[box.tensor].view(box).copy_(data)
         return sum(box.elements for box in boxes) * self.dtype.itemsize
 

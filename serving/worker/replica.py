@@ -14,14 +14,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import torch
 from torch import Tensor
 
+from data.models import ModelSpec
 from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.kv_cache import KvCache
-from serving.engine.model import ShardModel
 from serving.engine.scheduler import Emission as Drawn
 from serving.engine.scheduler import ScheduledRequest, Scheduler
 from serving.messages import Adoption, Assignment, Emission, Message, Paused, Resident, Role, Tokens
@@ -37,12 +38,28 @@ _WINDOW = 4  # reports that may be on their way to the journal before the leader
 _IDLE_STEP = -1  # a plan with this number only shows that the leader lives
 
 
+class StepModel(Protocol):
+    """What a step loop asks of a model part; `ShardModel` is one."""
+
+    spec: ModelSpec
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Dtype of the activations between stages."""
+
+    def rows(self, plan: StepPlan) -> int:
+        """Rows of the activations of a step."""
+
+    def forward(self, plan: StepPlan, hidden: Tensor | None) -> Tensor | None:
+        """The next stage's activations, or the logits."""
+
+
 @dataclass(slots=True)
 class Position:
     """What a worker needs to run its rank: the model part, its cache, and the groups it talks through."""
 
     role: Role
-    model: ShardModel
+    model: StepModel
     cache: KvCache
     group: Group
     draw: Callable[[Tensor | None, StepPlan], list[SampledToken]]
@@ -84,7 +101,7 @@ class StepLoop(threading.Thread):
         try:
             with torch.inference_mode():
                 self._loop()
-        except Exception as error:  # noqa: BLE001 - whatever broke the loop must reach the controller
+        except Exception as error:  # whatever broke the loop must reach the controller
             if not self._stopped.is_set():
                 if not isinstance(error, GroupBroken):
                     logger.exception("replica %d broke", self.position.role.replica)
@@ -110,7 +127,8 @@ class StepLoop(threading.Thread):
         shards, rank = position.role.shards, position.role.rank
         hidden = None
         if not position.first:
-            buffer = position.model.hidden_buffer(plan)
+            shape = position.model.rows(plan), position.model.spec.hidden
+            buffer = torch.empty(shape, dtype=position.model.hidden_dtype, device=position.group.device)
             hidden = position.group.receive(buffer, rank - shards)
         output = position.model.forward(plan, hidden)
         if position.last:
@@ -158,7 +176,6 @@ class Leader(StepLoop):
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, list[SampledToken] | None]] = deque()
         self._pausing = False
-        self._steps_planned = 0
         self._spoke_at = time.monotonic()
 
     def submit(self, assignments: list[Assignment]) -> None:
@@ -174,8 +191,9 @@ class Leader(StepLoop):
         self._commands.put(self._pause)
 
     def discard(self) -> None:
+        """As for every loop; an idle one wakes up to end."""
         super().discard()
-        self._commands.put(lambda: None)  # wake an idle loop
+        self._commands.put(lambda: None)
 
     def taken(self, count: int) -> None:
         """`count` reports have been journalled."""
@@ -185,7 +203,10 @@ class Leader(StepLoop):
         """Before `start`: take over requests whose KV is in the cache."""
         for adoption in adoptions:
             request = scheduled(adoption.assignment)
-            self._scheduler.adopt(request, adoption.cached_tokens, adoption.blocks)
+            reserved = self._scheduler.reserve(adoption.cached_tokens)
+            if reserved != adoption.blocks:
+                raise GroupBroken(f"blocks {adoption.blocks} were promised to request {request.key}, not {reserved}")
+            self._scheduler.adopt(request, adoption.cached_tokens, reserved)
 
     def _add(self, assignments: list[Assignment]) -> None:
         for assignment in assignments:
@@ -202,12 +223,14 @@ class Leader(StepLoop):
         while not self._stopped.is_set():
             self._obey()
             if self._pausing and not self._in_flight:
-                return self._leave()
+                break
             launched = not self._pausing and self._launch()
             if self._in_flight and (not launched or len(self._in_flight) >= self.position.role.stages):
                 self._collect()
             elif not launched:
                 self._idle()
+        if not self._stopped.is_set():
+            self._leave()
 
     def _obey(self) -> None:
         while not self._commands.empty():
@@ -226,11 +249,8 @@ class Leader(StepLoop):
         now = time.monotonic()
         self._tell(self._scheduler.expire(now))
         plan = self._scheduler.schedule(now)
-        self._tell(self._scheduler.take_finished())
         if plan is None:
             return False
-        plan = msgspec.structs.replace(plan, step=self._steps_planned)
-        self._steps_planned += 1
         self._broadcast(_encode(plan))
         logits = self._compute(plan)
         drawn = self.position.draw(logits, plan) if self.position.role.rank == self.position.tail else None
@@ -263,7 +283,9 @@ class Leader(StepLoop):
         while not self._window.acquire(timeout=0.5):
             if self._stopped.is_set():
                 return
-        emissions = [Emission(one.key, one.index, one.token, one.logprob, list(one.top), one.finish) for one in drawn]
+        emissions = [
+            Emission(one.key, one.index, one.token, one.logprob, list(one.top), one.finish, one.error) for one in drawn
+        ]
         scheduler = self._scheduler
         self._report(
             Tokens(self.position.role.replica, emissions, scheduler.running, scheduler.waiting, scheduler.kv_usage)
@@ -278,8 +300,6 @@ def scheduled(assignment: Assignment) -> ScheduledRequest:
         prompt=assignment.prompt,
         output=list(assignment.output),
         sampling=assignment.sampling,
-        max_tokens=assignment.max_tokens,
-        stop_token_ids=frozenset(assignment.stop_token_ids),
-        ignore_eos=assignment.ignore_eos,
-        deadline_at=deadline_at,
+        limits=assignment.limits,
+        deadline_at_s=deadline_at,
     )

@@ -17,7 +17,7 @@ import torch
 
 from serving import messages as m
 from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.weights import CheckpointReader
+from serving.engine.weights import CheckpointReader, read_spec
 from serving.settings import ServingSettings
 from serving.transport import Connection, connect
 from serving.worker.build import Build, build_position, compute_device, weight_dtype
@@ -45,6 +45,7 @@ class Worker:
         self.name = f"{instance}/{index}"
         self._settings, self._instance, self._index = settings, instance, index
         self._device = compute_device(settings.engine, index)
+        self._spec = read_spec(settings.checkpoint)
         self._reader = CheckpointReader(settings.checkpoint)
         self._held: dict[str, HeldTensor] = {}
         self._prepared: dict[int, PreparedRole] = {}
@@ -134,7 +135,7 @@ class Worker:
     def _prepare(self, order: m.Prepare) -> m.Message:
         timeouts, host = self._settings.timeouts, self._settings.host
         build = Build(
-            reader=self._reader,
+            spec=self._spec,
             store=connect_store(order.store, timeouts.prepare_s),
             epoch=order.epoch,
             device=self._device,
@@ -182,7 +183,7 @@ class Worker:
         return m.Activated(order.epoch)
 
     def _step_loop(self, epoch: int, position: Position, adoptions: list[m.Adoption]) -> StepLoop:
-        role, engine, spec = position.role, self._settings.engine, self._reader.spec
+        role, engine, spec = position.role, self._settings.engine, self._spec
 
         def fail(reason: str) -> None:
             self._post(m.Failed(epoch, role.replica, "step", reason))
@@ -195,10 +196,11 @@ class Worker:
             block_tokens=engine.block_tokens,
             blocks=role.kv_blocks,
             max_positions=spec.max_positions,
+            plans_in_flight=role.stages,
         )
         leader = Leader(
             position,
-            Scheduler(limits, frozenset(spec.eos_token_ids)),
+            Scheduler(limits, spec.eos_token_ids),
             fail=fail,
             report=self._post,
             keepalive_s=self._settings.timeouts.collective_s / 4,
