@@ -1,0 +1,56 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.engine.blocks import BlockAllocator
+from serving.engine.kv_cache import KvCache
+
+
+def make_cache() -> KvCache:
+    return KvCache((2, 5), (1, 4), 8, 12, 4, torch.float32, "cpu")
+
+
+def test_a_box_that_moves_arrives_under_other_blocks() -> None:
+    source, target = make_cache(), make_cache()
+    k, v = torch.randn(10, 3, 8), torch.randn(10, 3, 8)
+    blocks = [7, 2, 9]
+    slots = torch.tensor([blocks[at // 4] * 4 + at % 4 for at in range(10)])
+    source.write(3, slots, k, v)
+    box = source.extract(blocks, 10, (3, 5), (2, 4))
+    assert box.shape == (2, 2, 10, 2, 8)
+    assert box.is_contiguous()
+    assert torch.equal(box[0, 0], k[:, 1:])
+    target.insert([0, 1, 2], 10, (3, 5), (2, 4), box)
+    keys, values = target.read(3, torch.tensor([[0, 1, 2]]))
+    assert torch.equal(keys[0, :10, 1:], k[:, 1:])
+    assert torch.equal(values[0, :10, 1:], v[:, 1:])
+    assert not keys[0, 10:].any()
+    assert not keys[0, :, 0].any()
+
+
+def test_sizes_and_wrong_boxes() -> None:
+    cache = make_cache()
+    assert cache.bytes_per_block == 3 * 2 * 4 * 3 * 8 * 4
+    with pytest.raises(ValueError, match="not within"):
+        cache.extract([0], 1, (0, 3), (1, 2))
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.extract([0], 5, (2, 3), (1, 2))
+
+
+@given(st.lists(st.integers(0, 6), max_size=30))
+def test_blocks_have_one_owner(wishes: list[int]) -> None:
+    allocator = BlockAllocator(10)
+    owned: list[list[int]] = []
+    for wish in wishes:
+        if allocator.can_allocate(wish):
+            owned.append(allocator.allocate(wish))
+        elif owned:
+            allocator.free(owned.pop(0))
+        used = [block for blocks in owned for block in blocks]
+        assert len(used) == len(set(used)) == 10 - allocator.available
+        assert allocator.usage == pytest.approx(len(used) / 10)
+    with pytest.raises(ValueError, match="wanted"):
+        allocator.allocate(11)
+    with pytest.raises(ValueError, match="not in use"):
+        allocator.free([99])
