@@ -16,7 +16,7 @@ def watch_stdin() -> None:
     """End this process at once when stdin reaches its end: whoever started it holds the other side."""
 
     def wait() -> None:
-        while sys.stdin.buffer.raw.read(4096):  # type: ignore[attr-defined]
+        while os.read(sys.stdin.fileno(), 4096):
             pass
         os._exit(0)
 

@@ -19,7 +19,7 @@ class NoticeFile:
 
     async def wait(self) -> float:
         """Seconds left, once the file exists. Unreadable content counts as no time at all."""
-        while not self._path.exists():
+        while not self._path.exists():  # noqa: ASYNC110 - files have no events without another library
             await asyncio.sleep(_POLL_S)
         try:
             return max(0.0, float(self._path.read_text().strip()))

@@ -56,7 +56,7 @@ def main() -> int:
     try:
         asyncio.run(_serve(settings.load(arguments.settings)))
     except PerennialError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
     return 0
 

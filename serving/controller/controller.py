@@ -118,9 +118,8 @@ class Controller:
         if self.fleet.dispatcher.waiting >= self._settings.capacity.queue:
             raise self._refuse(QueueFull("the queue is full; try again", retry_after_s=1.0))
         if len(request.prompt) >= self.spec.max_positions:
-            raise InvalidInput(
-                f"the prompt has {len(request.prompt)} tokens; with an answer it must stay within {self.spec.max_positions}"
-            )
+            most = self.spec.max_positions
+            raise InvalidInput(f"the prompt has {len(request.prompt)} tokens; with an answer it must stay within {most}")
 
     def _refuse(self, error: PerennialError) -> PerennialError:
         self.metrics.rejected(error)
@@ -258,7 +257,7 @@ class Controller:
         self.log.emit("drain")
         clock = asyncio.get_running_loop().time
         until = clock() + (self._settings.timeouts.drain_s if timeout_s is None else timeout_s)
-        while clock() < until and self._unfinished():
+        while clock() < until and self._unfinished():  # noqa: ASYNC110 - many records, no single event
             await asyncio.sleep(_TICK_S)
         return self._unfinished()
 

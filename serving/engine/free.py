@@ -20,22 +20,29 @@ class FreeModel:
     receives it on the same machine can tell how old it is. A step takes `step_s` at least.
     """
 
-    hidden_dtype = torch.float32
-
     def __init__(self, spec: ModelSpec, step_s: float = 0.0) -> None:
-        self._spec, self._step_s = spec, step_s
+        self.spec, self._step_s = spec, step_s
         self._due_s = time.monotonic()
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """As of a model that computes."""
+        return torch.float32
+
+    def rows(self, plan: StepPlan) -> int:
+        """One row per sequence, to have something to hand on."""
+        return len(plan.sequences)
 
     def forward(self, plan: StepPlan, hidden: Tensor | None) -> Tensor | None:
         """Nothing is computed."""
-        return hidden
+        return torch.zeros(self.rows(plan), self.spec.hidden) if hidden is None else hidden
 
     def draw(self, logits: Tensor | None, plan: StepPlan) -> list[SampledToken]:
         """One token per sequence that wants one."""
         self._keep_pace()
         clock = time.monotonic() % CLOCK_S
         return [
-            SampledToken(one.key, (one.key * 31 + one.output_index * 7) % self._spec.vocab, clock, [])
+            SampledToken(one.key, (one.key * 31 + one.output_index * 7) % self.spec.vocab, clock, [])
             for one in plan.sequences
             if one.sampling is not None
         ]
