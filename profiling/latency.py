@@ -13,6 +13,7 @@ from time import perf_counter
 import torch
 
 from data.models import ModelSpec
+from data.profile import PHASES
 from profiling.campaign import Campaign, Progress, StepTime
 from profiling.driving import Driver
 from profiling.grid import StepPoint
@@ -24,7 +25,8 @@ from serving.worker.groups import Group
 
 Action = Callable[[], object]
 
-_ESSENTIAL = 4  # points of a series that are measured even when the budget is spent
+_PREPARING = "preparing a step"
+_ESSENTIAL = 4
 _LEAST_MS = 0.01  # differences of medians below this are noise
 
 
@@ -37,6 +39,11 @@ class Series:
     action: Callable[[StepPoint], Action]
     net: bool = False
 
+    @property
+    def essential(self) -> list[StepPoint]:
+        """What is measured even when the budget is spent: the first points of either phase."""
+        return [point for phase in PHASES for point in [p for p in self.points if p.phase == phase][:_ESSENTIAL]]
+
 
 class Meter:
     """Measures on the shards of `group` in step: rank 0 keeps the time and decides for all.
@@ -48,21 +55,29 @@ class Meter:
         self._group, self._device, self._deadline_s = group, device, deadline_s
         self.total, self.done, self.skipped = total, done, 0
 
-    def measure(self, action: Action, *, essential: bool) -> Sample | None:
-        """Time `action` after one warm-up; None if there is no time left for it."""
-        self.done += 1
-        if not self._agree(int(essential or perf_counter() < self._deadline_s)):
-            self.skipped += 1
-            return None
-        action()
-        once_s = elapsed_s(action, self._device)
-        share_s = (self._deadline_s - perf_counter()) / max(self.total - self.done, 1)
-        repeats = self._agree(repeats_for(share_s, once_s))
-        return Sample.of([once_s, *(elapsed_s(action, self._device) for _ in range(repeats - 1))])
+    def measure(self, series: Series) -> dict[StepPoint, Sample]:
+        """Time a series in rounds over its points, so that a disturbance of the machine hits all of them alike."""
+        late = self._agree(int(perf_counter() >= self._deadline_s))
+        points = series.essential if late else series.points
+        actions = [series.action(point) for point in points]
+        for action in actions:
+            action()
+        times_s = [[elapsed_s(action, self._device)] for action in actions]
+        for _ in range(self._rounds(sum(first for (first,) in times_s), len(series.points)) - 1):
+            for action, series_s in zip(actions, times_s, strict=True):
+                series_s.append(elapsed_s(action, self._device))
+        self.done += len(series.points)
+        self.skipped += len(series.points) - len(points)
+        return {point: Sample.of(series_s) for point, series_s in zip(points, times_s, strict=True)}
 
     def progress(self, what: str) -> Progress:
         """How far the measurement is."""
         return Progress(what, self.done, self.total)
+
+    def _rounds(self, once_s: float, points: int) -> int:
+        """Rounds that a series can have of the time that is left."""
+        share_s = (self._deadline_s - perf_counter()) * points / max(self.total - self.done, 1)
+        return self._agree(repeats_for(share_s, once_s))
 
     def _agree(self, value: int) -> int:
         """Rank 0's value (0 to 255), on every rank."""
@@ -87,18 +102,12 @@ def measure_steps(
     preparing: dict[tuple[int, int], float] = {}
     for series in _series(campaign, group, device):
         yield meter.progress(f"{series.title}, {group.size} shard{'s' if group.size > 1 else ''}")
-        for index, point in enumerate(series.points):
-            result = meter.measure(series.action(point), essential=index < _ESSENTIAL)
-            key = point.batch, point.tokens
-            if result is None:
-                continue
-            if series.title == _PREPARING:
-                preparing[key] = result.median_ms
-                continue
-            yield _row(point, result, preparing.get(key, 0.0) if series.net else 0.0)
-
-
-_PREPARING = "preparing a step"
+        results = meter.measure(series)
+        if series.title == _PREPARING:
+            preparing = {(point.batch, point.tokens): result.median_ms for point, result in results.items()}
+            continue
+        for point, result in results.items():
+            yield _row(point, result, preparing.get((point.batch, point.tokens), 0.0) if series.net else 0.0)
 
 
 def _series(campaign: Campaign, group: Group, device: torch.device) -> Iterator[Series]:

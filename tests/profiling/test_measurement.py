@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -81,9 +82,11 @@ def test_a_profile_knows_its_machine_and_survives_a_file(profile: Profile, tmp_p
 
 
 def test_a_spent_budget_leaves_the_corners() -> None:
-    result = measure(TINY, grid=GRID, budget_s=0.0)
-    layers = [row for row in result.steps.to_pylist() if row["part"] == "layers"]
-    assert 0 < len(layers) < 2 * len(GRID.shards) * len(GRID.points(1, 1))
+    grid = msgspec.structs.replace(GRID, batches=(1, 2, 4), contexts=(8, 48))
+    result = measure(TINY, grid=grid, budget_s=0.0)
+    decode = [row for row in result.steps.to_pylist() if row["part"] == "layers" and row["phase"] == "decode"]
+    assert len(decode) == 4 * len(grid.shards) * len(grid.layers)
+    assert {(1, 8), (4, 48)} <= {(row["batch"], row["context"]) for row in decode}
     assert {row["kind"] for row in result.links.to_pylist()} == {"local", "network"}
 
 
