@@ -88,10 +88,8 @@ class CostModel:
     def prefill_s(self, config: ParallelConfig, tokens: int) -> tuple[float, float]:
         """Seconds to prefill one prompt in chunks of `step_tokens`: through all stages, and on the slowest one."""
         chunks = [(start, min(self.step_tokens, tokens - start)) for start in range(0, tokens, self.step_tokens)]
-        stages = [
-            sum(self.stage_ms("prefill", config, stage, batch=1, tokens=count, context=done) for done, count in chunks)
-            for stage in range(config.stages)
-        ]
+        each = [self._stages_ms("prefill", config, batch=1, tokens=count, context=done) for done, count in chunks]
+        stages = [sum(times) for times in zip(*each, strict=True)]
         hops = (config.stages - 1) * sum(self._hop_s(count) for _, count in chunks)
         return sum(stages) / 1e3 + hops, max(stages) / 1e3
 
@@ -103,12 +101,9 @@ class CostModel:
         """
         flights = min(batch, config.stages)
         part = ceil(batch / flights)
-        stages = [
-            self.stage_ms("decode", config, stage, batch=part, tokens=1, context=context) / 1e3
-            for stage in range(config.stages)
-        ]
-        through = sum(stages) + (config.stages - 1) * self._hop_s(part)
-        return max(through, flights * max(stages))
+        stages = self._stages_ms("decode", config, batch=part, tokens=1, context=context)
+        through = sum(stages) / 1e3 + (config.stages - 1) * self._hop_s(part)
+        return max(through, flights * max(stages) / 1e3)
 
     def request_latency_s(self, config: ParallelConfig, batch: int, input_tokens: int, output_tokens: int) -> float:
         """Seconds from start to last token while `batch` requests share the replica.
@@ -137,6 +132,20 @@ class CostModel:
         if link is None:
             raise InvalidInput("the profile has no link measurements; measure it again")
         return link.latency_s + size_bytes * link.seconds_per_byte
+
+    def _stages_ms(
+        self, phase: str, config: ParallelConfig, *, batch: int, tokens: int, context: int
+    ) -> list[float]:
+        """`stage_ms` of every stage; stages in the middle with equally many layers are worked out once."""
+        known: dict[tuple[int, bool, bool], float] = {}
+        times = []
+        for stage in range(config.stages):
+            start, stop = config.stage_layers(stage, self.spec.layers)
+            alike = stop - start, stage == 0, stage == config.stages - 1
+            if alike not in known:
+                known[alike] = self.stage_ms(phase, config, stage, batch=batch, tokens=tokens, context=context)
+            times.append(known[alike])
+        return times
 
     def _position_bytes(self, config: ParallelConfig, position: Position, tokens: int) -> int:
         spec = self.spec
