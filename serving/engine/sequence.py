@@ -134,7 +134,8 @@ class StepBudget:
         if sequence.decoding:
             self._decoding -= 1
             return 1
-        return min(sequence.remaining, max(self._tokens - self._decoding, 1))
+        kept = min(max(self._decoding, 0), self._tokens - 1)
+        return min(sequence.remaining, self._tokens - kept)
 
     def take(self, step: SequenceStep) -> None:
         """Add a sequence's part."""

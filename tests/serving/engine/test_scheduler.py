@@ -107,7 +107,7 @@ requests = st.lists(
     spare=st.integers(0, 8),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_every_request_gets_its_own_tokens(
     requests: list[tuple[list[int], Limits]],
     depth: int,
@@ -196,6 +196,15 @@ def test_prefill_is_chunked_and_leaves_room_for_decoding() -> None:
     assert plan is not None
     assert [(step.key, len(step.tokens)) for step in plan.sequences] == [(1, 1), (2, 7)]
     assert plan.sequences[1].sampling is None
+
+
+def test_a_step_never_exceeds_its_tokens() -> None:
+    scheduler = scheduler_of(step_tokens=2)
+    for key, prompt in enumerate(([1], [1, 2, 3], [4, 5])):
+        scheduler.add(ScheduledRequest(key, prompt))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert [(step.key, step.tokens) for step in plan.sequences] == [(0, [1]), (1, [1])]
 
 
 def test_steps_under_way_share_the_running_requests() -> None:
