@@ -1,0 +1,1 @@
+"""The main job from the command line, the settings, and the test harness."""

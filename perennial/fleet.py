@@ -1,0 +1,353 @@
+"""A whole service on this machine: a controller and instances that are real processes.
+
+Used by `perennial serve` and `perennial demo`, and by tests through `perennial.testing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from perennial.processes import ProcessGroup, gone, living, python_module
+from serving import settings as serving_settings
+from serving.api.client import Client
+from serving.errors import PerennialError, Retryable, TransportError
+from serving.requests import Event, ServerInfo
+from serving.settings import ServingSettings
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_KILL_WAIT_S = 10.0
+
+
+class StartFailed(PerennialError):
+    """A process of the fleet ended before it was ready."""
+
+
+@dataclass(slots=True)
+class Instance:
+    """One instance of the fleet; `leaving` once it was given notice, `suspended` while it is stopped."""
+
+    name: str
+    group: ProcessGroup
+    gpus: tuple[int, ...] = ()
+    leaving: bool = False
+    suspended: bool = False
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class Fleet:
+    """The processes of one service, and what can be done to them.
+
+    `settings` need fixed ports (`with_ports`): instances find the controller by them, also after it
+    was restarted. Everything is written below `home`.
+    """
+
+    def __init__(
+        self,
+        settings: ServingSettings,
+        *,
+        home: str | Path,
+        instance_type: str = "local-cpu",
+        devices_per_instance: int = 1,
+    ) -> None:
+        self.settings, self.home, self.instance_type = settings, Path(home).absolute(), instance_type
+        self.devices_per_instance = devices_per_instance
+        self.instances: dict[str, Instance] = {}
+        self.events: list[Event] = []
+        self.controller: ProcessGroup | None = None
+        self._groups: list[int] = []
+        self._born = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Condition()
+        self._client: Client | None = None
+
+    # -- starting -------------------------------------------------------------------------------
+
+    async def start(self, instances: int, *, timeout_s: float = 120.0) -> None:
+        """Start the controller and the instances, and wait until their layout is in force."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        self._settings_file.touch(0o600)
+        self._settings_file.write_bytes(serving_settings.dump(self.settings))
+        self._start_controller()
+        self._client = self.client()
+        self._keep(self._collect_events())
+        self.launch(instances)
+        await self.wait_serving(timeout_s=timeout_s)
+
+    def _start_controller(self) -> None:
+        Path(self.settings.ready_file).unlink(missing_ok=True)
+        command = python_module("serving.controller", "--settings", str(self._settings_file), "--lifeline")
+        self.controller = self._spawn("controller", command)
+
+    def launch(self, count: int = 1) -> list[str]:
+        """Start instances and return their names at once; they join when they are up."""
+        return [self._launch_one() for _ in range(count)]
+
+    def _launch_one(self) -> str:
+        name = f"i{self._born}"
+        gpus = self._free_gpus() if self.settings.engine.device == "cuda" else ()
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+        command = python_module("serving.agent", "--settings", str(self._settings_file), "--lifeline")
+        command += ["--instance", name, "--type", self.instance_type, "--devices", str(self.devices_per_instance)]
+        command += ["--controller", f"{self.settings.host}:{self.settings.control_port}"]
+        self._born += 1
+        self.instances[name] = Instance(name, self._spawn(name, command, visible), gpus)
+        return name
+
+    def _free_gpus(self) -> tuple[int, ...]:
+        """The lowest GPUs that no live instance of this fleet has, as many as an instance has devices."""
+        taken = {gpu for instance in self.instances.values() for gpu in instance.gpus}
+        free = (gpu for gpu in range(len(taken) + self.devices_per_instance) if gpu not in taken)
+        return tuple(islice(free, self.devices_per_instance))
+
+    def _spawn(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> ProcessGroup:
+        root = Path(__file__).resolve().parent.parent
+        paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        group = ProcessGroup(
+            name, command, self.home / "logs" / f"{name}.log", environment={"PYTHONPATH": paths, **(environment or {})}
+        )
+        self._groups.append(group.pid)
+        return group
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.home / "serving.json"
+
+    # -- observing ------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Where the gRPC API listens."""
+        return f"{self.settings.host}:{self.settings.grpc_port}"
+
+    def client(self, *, give_up_s: float = 120.0) -> Client:
+        """A new client of this service; close it when done."""
+        return Client(self.address, give_up_s=give_up_s)
+
+    async def info(self) -> ServerInfo | None:
+        """What the controller says of itself; None while it cannot be reached."""
+        try:
+            return await asyncio.wait_for(self._own_client.server_info(), 5.0)
+        except (Retryable, TransportError, TimeoutError):
+            return None
+
+    async def wait_serving(self, *, timeout_s: float = 60.0) -> ServerInfo:
+        """Wait until every live instance has joined and their layout is in force, with no change under way."""
+        deadline = time.monotonic() + timeout_s
+        info: ServerInfo | None = None
+        while time.monotonic() < deadline:
+            self._check_started()
+            info = await self.info()
+            if info is not None and info.state == "serving" and self._is_settled(info):
+                return info
+            await asyncio.sleep(_POLL_S)
+        raise StartFailed(
+            f"the fleet did not settle within {timeout_s:g} s (state {info.state if info else 'unreachable'}); "
+            f"see the logs in {self.home / 'logs'}"
+        )
+
+    async def wait_event(self, accept: Callable[[Event], bool], *, since: int = 0, timeout_s: float = 30.0) -> Event:
+        """The first event from list position `since` on that `accept` likes. Raises `TimeoutError`."""
+        async with asyncio.timeout(timeout_s), self._changed:
+            while True:
+                for event in self.events[since:]:
+                    if accept(event):
+                        return event
+                since = len(self.events)
+                await self._changed.wait()
+
+    def _is_settled(self, info: ServerInfo) -> bool:
+        staying = {name for name, item in self.instances.items() if not item.leaving and not item.suspended}
+        ready = {item.instance for item in info.instances if item.state == "ready"}
+        known = {item.instance for item in info.instances if item.state in ("ready", "joining", "leaving")}
+        started = max((event.data.get("epoch", 0) for event in self.events if _starts(event)), default=0)
+        in_force = max((event.data.get("epoch", 0) for event in self.events if event.kind == "layout"), default=0)
+        return ready == staying and known == staying and in_force == info.epoch and started <= info.epoch
+
+    def _check_started(self) -> None:
+        if self.controller is not None and self.controller.returncode not in (None, -signal.SIGKILL):
+            raise StartFailed(_ended("controller", self.controller))
+        for name, instance in self.instances.items():
+            if instance.group.returncode not in (None, 0, -signal.SIGKILL):
+                raise StartFailed(_ended(f"instance {name}", instance.group))
+
+    async def _collect_events(self) -> None:
+        """Gather events over every restart of the controller; each is kept once."""
+        seen: set[tuple[int, float]] = set()
+        client = self._own_client
+        while True:
+            with contextlib.suppress(Retryable, TransportError):
+                async for event in client.watch_events():
+                    if (event.sequence, event.time_s) not in seen:
+                        seen.add((event.sequence, event.time_s))
+                        await self._note(event)
+            await asyncio.sleep(0.1)
+
+    async def _note(self, event: Event) -> None:
+        async with self._changed:
+            self.events.append(event)
+            self._changed.notify_all()
+
+    @property
+    def _own_client(self) -> Client:
+        if self._client is None:
+            raise StartFailed("the fleet has not been started; call start() first")
+        return self._client
+
+    # -- what happens to fleets -----------------------------------------------------------------
+
+    async def add(self, count: int = 1, *, timeout_s: float = 60.0) -> list[str]:
+        """Start instances and wait until the controller knows them."""
+        names = self.launch(count)
+        for name in names:
+            await self.wait_event(_joined(name), timeout_s=timeout_s)
+        return names
+
+    async def notice(self, instance: str, seconds: float, *, then_kill: bool = True) -> None:
+        """Announce the end of an instance; at the deadline it is killed if it is still there.
+
+        Returns when the notice is given. The kill happens in the background.
+        """
+        item = self.instances[instance]
+        item.leaving = True
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(Retryable, TransportError):
+            await self._own_client.notify(instance, seconds, "fleet")
+        if then_kill:
+            self._keep(self._kill_at(item, deadline))
+
+    async def _kill_at(self, item: Instance, deadline: float) -> None:
+        await item.group.wait(max(0.0, deadline - time.monotonic()))
+        await self.kill(item.name)
+
+    async def kill(self, instance: str) -> None:
+        """End an instance without a word: SIGKILL to its whole process group."""
+        item = self.instances.pop(instance, None)
+        if item is not None:
+            item.group.signal(signal.SIGKILL)
+            item.group.cut_lifeline()
+            await item.group.wait(_KILL_WAIT_S)
+
+    def suspend(self, instance: str) -> None:
+        """Stop every process of an instance: it is silent, and its connections stay open."""
+        self.instances[instance].suspended = True
+        self.instances[instance].group.signal(signal.SIGSTOP)
+
+    def resume(self, instance: str) -> None:
+        """Let a suspended instance run again."""
+        self.instances[instance].group.signal(signal.SIGCONT)
+        self.instances[instance].suspended = False
+
+    async def kill_controller(self) -> None:
+        """End the controller without a word. The instances wait for the next one."""
+        if self.controller is not None:
+            self.controller.signal(signal.SIGKILL)
+            self.controller.cut_lifeline()
+            await self.controller.wait(_KILL_WAIT_S)
+
+    async def restart_controller(self) -> None:
+        """Start the controller again, on the same addresses and the same journal."""
+        await self.kill_controller()
+        self._start_controller()
+
+    async def reap(self) -> list[str]:
+        """Forget instances that have ended by themselves (dismissed); returns their names."""
+        ended = [name for name, item in self.instances.items() if not item.group.alive]
+        for name in ended:
+            self.instances.pop(name)
+        return ended
+
+    # -- the end --------------------------------------------------------------------------------
+
+    async def close(self, *, grace_s: float = 10.0) -> list[str]:
+        """End every process and wait for it; returns what was still there after `grace_s` and was killed.
+
+        Instances are told by their lifelines, so a process that stays is a process that would have
+        outlived its parent.
+        """
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for item in self.instances.values():
+            item.group.signal(signal.SIGCONT)
+            item.group.cut_lifeline()
+        if self.controller is not None:
+            self.controller.signal_leader(signal.SIGTERM)
+            await self.controller.wait(grace_s / 2)
+            self.controller.cut_lifeline()
+        left = await gone(self._groups, grace_s)
+        names = [_describe(process) for process in left]
+        for pid in {os.getpgid(process.pid) for process in left if process.is_running()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        await gone(self._groups, _KILL_WAIT_S)
+        for item in self.instances.values():
+            item.group.returncode  # noqa: B018  reaps it
+        if self._client is not None:
+            await self._client.close()
+        return names
+
+    def alive(self) -> list[psutil.Process]:
+        """Every process of the fleet that lives now."""
+        return living(self._groups)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def with_ports(settings: ServingSettings) -> ServingSettings:
+    """The same settings with every port that is 0 replaced by a free one."""
+    ports = {
+        name: getattr(settings, name) or free_port(settings.host)
+        for name in ("grpc_port", "control_port", "metrics_port")
+    }
+    return msgspec.structs.replace(settings, **ports)
+
+
+def read_ready(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The addresses that a controller wrote: `grpc`, `control`, `metrics`."""
+    return {name: str(value) for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items()}
+
+
+def _starts(event: Event) -> bool:
+    return event.kind == "reconfiguration_started"
+
+
+def _joined(instance: str) -> Callable[[Event], bool]:
+    return lambda event: event.kind == "instance_joined" and event.data.get("instance") == instance
+
+
+def _ended(what: str, group: ProcessGroup) -> str:
+    last = group.tail(1) or f"exit code {group.returncode}"
+    return f"the {what} ended before it was ready: {last} (log: {group.log})"
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {' '.join(process.cmdline()[1:6])}"
+    except psutil.NoSuchProcess:
+        return str(process.pid)
