@@ -119,7 +119,9 @@ class Controller:
             raise self._refuse(QueueFull("the queue is full; try again", retry_after_s=1.0))
         if len(request.prompt) >= self.spec.max_positions:
             most = self.spec.max_positions
-            raise InvalidInput(f"the prompt has {len(request.prompt)} tokens; with an answer it must stay within {most}")
+            raise InvalidInput(
+                f"the prompt has {len(request.prompt)} tokens; it must leave room for an answer within {most}"
+            )
 
     def _refuse(self, error: PerennialError) -> PerennialError:
         self.metrics.rejected(error)

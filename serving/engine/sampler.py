@@ -50,7 +50,7 @@ def _sampled(sequence: SequenceStep, scores: Tensor, normalizer: float, token: i
         if sampling.temperature > 0:
             token = draw(row, sampling, uniform(sampling.seed, sequence.output_index))
             score = float(row[token])
-        order = np.argsort(-row, kind="stable")[: sampling.logprobs]
+        order = np.argsort(-row, kind="stable")[: sampling.logprobs] if sampling.logprobs else []
         top = [TopLogprob(int(other), float(row[other]) - normalizer) for other in order]
     return SampledToken(sequence.key, token, score - normalizer, top)
 
@@ -58,11 +58,13 @@ def _sampled(sequence: SequenceStep, scores: Tensor, normalizer: float, token: i
 def draw(scores: NDArray[np.float64], sampling: Sampling, point: float) -> int:
     """The token at `point` in [0, 1) of the distribution: temperature first, then top-k, then top-p.
 
-    Candidates are in order of decreasing probability, equals in order of id. Top-p keeps the fewest
-    that reach that probability.
+    Where something is cut off, candidates are in order of decreasing probability, equals in order of id;
+    otherwise in order of id, which spares sorting the vocabulary. Top-p keeps the fewest that reach
+    that probability.
     """
     scaled = (scores - scores.max()) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
+    cut = sampling.top_k > 0 or sampling.top_p < 1.0
+    order = np.argsort(-scaled, kind="stable") if cut else np.arange(len(scaled))
     if sampling.top_k > 0:
         order = order[: sampling.top_k]
     cumulative = np.cumsum(exp_nonpositive(torch.from_numpy(scaled[order])).numpy())

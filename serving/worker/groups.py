@@ -8,6 +8,7 @@ makes every peer that waits on it fail in turn.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -175,12 +176,12 @@ class Group:
         if not sends and not receives:
             return
         # One NCCL group call: a pair that sends to each other would otherwise wait on itself.
-        self._nccl._start_coalescing(self.device)
+        self._nccl._start_coalescing()
         for tensor, peer in sends:
             self._nccl.send([tensor], peer, 0)
         for tensor, peer in receives:
             self._nccl.recv([tensor], peer, 0)
-        _wait(self._nccl._end_coalescing(self.device))
+        _wait(self._nccl._end_coalescing())
         torch.cuda.current_stream(self.device).synchronize()
         self.check()
 
@@ -190,10 +191,13 @@ class Group:
             raise GroupBroken("the group was aborted")
 
     def abort(self) -> None:
-        """From any thread: make running operations fail. gloo's fail when the peers drop the group."""
+        """From any thread: make running operations fail. gloo's fail when the peers drop the group.
+
+        Returns at once: NCCL's abort may itself wait, for ever if a peer is gone at the wrong moment.
+        """
         self._aborted = True
         if self._nccl is not None:
-            self._nccl.abort()
+            threading.Thread(target=self._nccl.abort, name="abort", daemon=True).start()
 
 
 def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
