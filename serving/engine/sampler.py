@@ -50,7 +50,7 @@ def _sampled(sequence: SequenceStep, scores: Tensor, normalizer: float, token: i
         if sampling.temperature > 0:
             token = draw(row, sampling, uniform(sampling.seed, sequence.output_index))
             score = float(row[token])
-        order = np.argsort(-row, kind="stable")[: sampling.logprobs] if sampling.logprobs else []
+        order = np.argsort(-row, kind="stable")[: sampling.logprobs] if sampling.logprobs else np.empty(0, np.intp)
         top = [TopLogprob(int(other), float(row[other]) - normalizer) for other in order]
     return SampledToken(sequence.key, token, score - normalizer, top)
 
