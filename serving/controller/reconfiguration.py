@@ -20,6 +20,7 @@ from serving import messages as m
 from serving.controller.dispatch import Replica
 from serving.controller.orders import Adopted, adopt, kv_blocks, move_orders, prepare_orders, world_of
 from serving.controller.phases import Phase, TransitionFailed
+from serving.controller.records import Record
 from serving.controller.rendezvous import Rendezvous
 from serving.settings import ServingSettings
 
@@ -63,6 +64,7 @@ class Reconfiguration:
     new: list[Replica] = field(default_factory=list)
     world: tuple[Device, ...] = ()
     paused: bool = False
+    _records: dict[int, Record] = field(default_factory=dict)
     _phase: Phase[Any] | None = None
     store: Rendezvous | None = None  # lives as long as the epoch's replicas: NCCL connects lazily
 
@@ -116,6 +118,8 @@ class Reconfiguration:
         residents = await self._pause()
         stopped = clock()
         adopted = self._adopt(residents)
+        # A request may end while its KV moves; it is adopted all the same, and cancelled afterwards.
+        self._records = {one.resident.key: one.source.records[one.resident.key] for one in adopted}
         kv_bytes = await self._move(adopted)
         moved = clock()
         await self._activate(adopted)
@@ -180,7 +184,7 @@ class Reconfiguration:
         retire = [replica.number for replica in self.retired]
         inherited: dict[Device, list[m.Adoption]] = {}
         for one in adopted:
-            record = one.source.records[one.resident.key]
+            record = self._records[one.resident.key]
             adoption = m.Adoption(record.assignment(now), one.resident.cached_tokens, list(one.blocks))
             inherited.setdefault(one.target.leader, []).append(adoption)
         orders = {device: m.Activate(self.epoch, inherited.get(device, []), retire) for device in self.world}

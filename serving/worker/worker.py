@@ -51,6 +51,7 @@ class Worker:
         self._prepared: dict[int, PreparedRole] = {}
         self._latest_epoch = self._abandoned_through = -1
         self._loop: StepLoop | None = None
+        self._lock = threading.Lock()  # orders to let go arrive while threads take on
         self._connection: Connection[m.Downward] | None = None
         self._runner = asyncio.get_running_loop()
 
@@ -156,9 +157,10 @@ class Worker:
         result = mover.run(order.needed, order.sends, order.receives)
         position = build_position(build, order.role, result.tensors) if order.role else None
         held = retained(self._held, result.tensors) if order.role else self._held
-        if order.epoch <= self._abandoned_through:
-            raise GroupBroken("the epoch was abandoned meanwhile")
-        self._prepared[order.epoch] = PreparedRole(order.world, world, position, held)
+        with self._lock:
+            if order.epoch <= self._abandoned_through:
+                raise GroupBroken("the epoch was abandoned meanwhile")
+            self._prepared[order.epoch] = PreparedRole(order.world, world, position, held)
         return m.Prepared(order.epoch, result.local_bytes, result.received_bytes, result.disk_bytes)
 
     def _move(self, order: m.Move) -> m.Message:
@@ -174,12 +176,15 @@ class Worker:
         return m.Moved(order.epoch, sent)
 
     def _activate(self, order: m.Activate) -> m.Message:
-        prepared = self._prepared.pop(order.epoch)
         self._retire(order.retire)
-        if prepared.position is not None:
-            self._held = prepared.held
-            self._loop = self._step_loop(order.epoch, prepared.position, order.adoptions)
-            self._loop.start()
+        with self._lock:
+            if order.epoch not in self._prepared:
+                raise GroupBroken("the epoch was abandoned meanwhile")
+            prepared = self._prepared.pop(order.epoch)
+            if prepared.position is not None:
+                self._held = prepared.held
+                self._loop = self._step_loop(order.epoch, prepared.position, order.adoptions)
+                self._loop.start()
         return m.Activated(order.epoch)
 
     def _step_loop(self, epoch: int, position: Position, adoptions: list[m.Adoption]) -> StepLoop:
@@ -211,15 +216,16 @@ class Worker:
     # -- letting go -----------------------------------------------------------------------------
 
     def _retire(self, replicas: list[int]) -> None:
-        if self._loop is not None and self._loop.position.role.replica in replicas:
-            self._loop.discard()
-            self._loop = None
+        with self._lock:
+            if self._loop is not None and self._loop.position.role.replica in replicas:
+                self._loop.discard()
+                self._loop = None
 
     def _abandon(self, epoch: int) -> None:
-        self._abandoned_through = max(self._abandoned_through, epoch)
-        for ready in [key for key in self._prepared if key <= epoch]:
-            prepared = self._prepared.pop(ready)
-            prepared.group.abort()
+        with self._lock:
+            self._abandoned_through = max(self._abandoned_through, epoch)
+            for ready in [key for key in self._prepared if key <= epoch]:
+                self._prepared.pop(ready).group.abort()
 
     def _forget_everything(self) -> None:
         """Without a controller nothing here is in force; the weights stay for the next one."""
