@@ -40,7 +40,7 @@ def take_fingerprint(*, device: str, dtype: str, numerics: str, threads: int) ->
         memory_bytes=_memory_bytes(cuda=cuda),
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         extra=extra,
     )
 

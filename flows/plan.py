@@ -1,0 +1,200 @@
+"""The flow `plan`: profile → cost model → configurations for every cluster state → registry."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypedDict
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.context import TaskRunContext
+from prefect.runtime import flow_run
+from pydantic import BaseModel, Field
+
+from data.canonical import checksum
+from data.cluster import ClusterSpec
+from data.errors import InvalidInput
+from data.plan import SCHEMA_VERSION, Objective, PlanBook
+from data.profile import Profile
+from flows.profile import ProfileRequest, profile
+from flows.publish import Published, publish
+from flows.registry import CHAMPION, Registry, Release
+from flows.summary import FitError, frontier_rows, summary_markdown
+from planning.book import build_book
+from planning.configs import Policy
+from planning.costs import CostModel, holdout_error
+
+_ROOT = Path(__file__).resolve().parent.parent
+_GIT_S = 2.0
+
+
+class PlanRequest(BaseModel):
+    """What to plan for. `profile` is a folder; without one, `measure` says what to measure first.
+
+    `cluster` is a `ClusterSpec` as JSON, `allowed` the (stages, shards) to choose from (None: all),
+    `tokens_per_request` what KV space is sized for (None: the reference request). With `promote` the
+    new version becomes champion.
+    """
+
+    cluster: dict[str, Any]
+    profile: str = ""
+    measure: ProfileRequest | None = None
+    home: str = ".perennial"
+    registry: str = ""
+    required_rps: float = 1.0
+    input_tokens: int = 64
+    output_tokens: int = 64
+    slo_s: float | None = None
+    policy: Policy = "perennial"
+    most_batch: int = 8
+    allowed: list[tuple[int, int]] | None = None
+    tokens_per_request: int | None = None
+    arrival_cv: float = 1.0
+    step_tokens: int = 256
+    reserve_bytes: int = 0
+    promote: bool = True
+    tags: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def objective(self) -> Objective:
+        """What plans are chosen for."""
+        return Objective(self.required_rps, self.input_tokens, self.output_tokens, self.slo_s)
+
+    def search_settings(self) -> dict[str, Any]:
+        """What the search depends on besides the profile."""
+        return self.model_dump(exclude={"profile", "measure", "home", "registry", "promote", "tags"})
+
+
+class PlanResult(TypedDict):
+    """What `plan` returns: the registered version, the book's file, the profile's folder, and the fit's error."""
+
+    name: str
+    version: str
+    sha256: str
+    aliases: list[str]
+    book: str
+    profile: str
+    cost_model_error: dict[str, float]
+
+
+@flow(name="plan")
+def plan(request: PlanRequest) -> PlanResult:
+    """Plan every state of the fleet, publish the book, and promote it if asked."""
+    folder = request.profile or _measured(request)
+    measured = Profile.read(folder)
+    error = FitError(*assess_costs(measured.sha256, folder))
+    content = search_plans(search_key(measured, request), folder, request)
+    book = PlanBook.from_bytes(content.encode())
+    _show(book, error)
+    published = publish_plan(folder, content, error, request)
+    create_link_artifact(
+        key="plan-version", link=f"models:/{published.name}/{published.version}", link_text=published.name
+    )
+    return {
+        "name": published.name,
+        "version": published.version,
+        "sha256": published.sha256,
+        "aliases": list(published.aliases),
+        "book": str(write_book(book, Path(request.home) / "plans")),
+        "profile": folder,
+        "cost_model_error": asdict(error),
+    }
+
+
+def search_key(measured: Profile, request: PlanRequest) -> str:
+    """What a search's result is known by: the measurements, the fleet, the objective, the settings."""
+    return checksum([SCHEMA_VERSION, measured.sha256, request.search_settings()])
+
+
+def build(measured: Profile, request: PlanRequest) -> PlanBook:
+    """Fit the cost model and search every state of the fleet."""
+    costs = CostModel.fit(measured, step_tokens=request.step_tokens, reserve_bytes=request.reserve_bytes)
+    return build_book(
+        measured.model,
+        ClusterSpec.from_json(request.cluster),
+        costs,
+        request.objective,
+        request.policy,
+        profile_sha256=measured.sha256,
+        most_batch=request.most_batch,
+        allowed=request.allowed,
+        tokens_per_request=request.tokens_per_request,
+        arrival_cv=request.arrival_cv,
+    )
+
+
+def write_book(book: PlanBook, folder: Path) -> Path:
+    """Write a book under its checksum, for `perennial serve --plan`; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / f"{book.sha256[:16]}.json").absolute()
+    path.write_bytes(book.to_bytes())
+    return path
+
+
+def open_registry(home: str, uri: str = "") -> Registry:
+    """The registry at `uri`, or the one on SQLite in `home`."""
+    root = Path(home).absolute()
+    return Registry(uri or f"sqlite:///{root / 'mlflow.db'}", root / "mlflow-artifacts")
+
+
+def _cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
+    return f"plan-{parameters['key']}"
+
+
+def _assessment_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
+    return f"fit-{parameters['profile_sha256']}"
+
+
+@task(name="assess cost model", cache_key_fn=_assessment_key, persist_result=True, result_serializer="json")
+def assess_costs(profile_sha256: str, folder: str) -> list[float]:
+    """Median and 90th percentile of the relative error on points held out of the fit."""
+    return list(holdout_error(Profile.read(folder)))
+
+
+@task(name="search plans", cache_key_fn=_cache_key, persist_result=True, result_serializer="json")
+def search_plans(key: str, folder: str, request: PlanRequest) -> str:
+    """The plan book for a request, as its canonical JSON."""
+    return build(Profile.read(folder), request).to_bytes().decode()
+
+
+@task(name="publish plan", retries=2, retry_delay_seconds=1, persist_result=False)
+def publish_plan(folder: str, content: str, error: FitError, request: PlanRequest) -> Published:
+    """Log, register and promote in one transaction."""
+    release = Release(
+        book=PlanBook.from_bytes(content.encode()),
+        profile=Profile.read(folder),
+        error=error,
+        settings={name: str(value) for name, value in request.search_settings().items()},
+        tags={**_origin(), **request.tags},
+    )
+    registry = open_registry(request.home, request.registry)
+    return publish(registry, release, CHAMPION if request.promote else None)
+
+
+def _measured(request: PlanRequest) -> str:
+    if request.measure is None:
+        raise InvalidInput("a plan needs a profile folder, or a checkpoint to measure")
+    return profile(request.measure)
+
+
+def _show(book: PlanBook, error: FitError) -> None:
+    create_table_artifact(key="plan-frontier", table=frontier_rows(book), description="Candidates of every state")
+    create_markdown_artifact(key="plan-summary", markdown=summary_markdown(book, error))
+
+
+def _origin() -> dict[str, str]:
+    """Which flow run and which commit made a version, as far as they are known."""
+    origin = {"flow_run": str(flow_run.id or ""), "flow_run_name": str(flow_run.name or ""), "git_commit": _commit()}
+    return {name: value for name, value in origin.items() if value}
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, timeout=_GIT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
