@@ -80,7 +80,7 @@ def test_noise_and_outliers_do_little() -> None:
 
 
 def test_error_is_of_points_held_out() -> None:
-    assert holdout_error(profile(), 1) < (0.02, 0.03)
+    assert max(holdout_error(profile(), 1)) < 0.03
     median, p90 = holdout_error(profile(noise=0.1), 1)
     assert 0.03 < median < 0.15
     assert median < p90 < 0.4
