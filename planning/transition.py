@@ -74,7 +74,7 @@ def plan_transition(
         target,
         usable,
         old=old,
-        resident={device: resident[device] for device in usable if device in resident},
+        resident={device: resident.get(device, ()) for device in usable},  # a restarted worker holds nothing
         kv_tokens=[replica.cached_tokens for replica in ordered],
         kv_element_bytes=element_bytes,
     )
