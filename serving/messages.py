@@ -132,13 +132,17 @@ class Tokens(Message):
 
 
 class Welcome(Message):
-    """The hello was accepted."""
+    """The hello was accepted; nothing is sent before this."""
 
 
 class Rejected(Message):
     """The hello was refused; the reason is for the operator."""
 
     reason: str
+
+
+class Alive(Message):
+    """The answer to a heartbeat."""
 
 
 class WeightPieces(msgspec.Struct, frozen=True, array_like=True):
@@ -289,6 +293,7 @@ Upward = (
 Downward = (
     Welcome
     | Rejected
+    | Alive
     | Prepare
     | Pause
     | Move

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from data.errors import InvalidInput
+
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. Each wait in the serving tier uses one of these and has a next step."""
@@ -73,9 +75,14 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load(path: str) -> ServingSettings:
-    """Read settings from a JSON file."""
-    with open(path, "rb") as file:
-        return msgspec.json.decode(file.read(), type=ServingSettings)
+    """Read settings from a JSON file. Raises `InvalidInput` if they cannot be read or make no sense."""
+    try:
+        with open(path, "rb") as file:
+            return msgspec.json.decode(file.read(), type=ServingSettings)
+    except OSError as error:
+        raise InvalidInput(f"cannot read the settings {path}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise InvalidInput(f"the settings {path} are not valid: {error}") from error
 
 
 def dump(settings: ServingSettings) -> bytes:

@@ -10,8 +10,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from serving.errors import TransportError
-from serving.messages import Downward, Message, Upward
+from serving.errors import PerennialError, TransportError
+from serving.messages import AgentHello, Downward, Message, Rejected, Upward, Welcome, WorkerHello
 
 _HEADER_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
@@ -19,10 +19,15 @@ _encoder = msgspec.msgpack.Encoder()
 Incoming = TypeVar("Incoming")
 
 
+class JoinRefused(PerennialError):
+    """The controller does not want this agent or worker; the message is its reason."""
+
+
 class Connection(Generic[Incoming]):
     """One control connection. `send` never blocks; a closed peer ends the iteration.
 
-    A peer that stops reading is cut off once `frame_bytes` are unsent.
+    A peer that stops reading is cut off once `frame_bytes` are unsent. One that says nothing for
+    `silence_s` counts as gone.
     """
 
     def __init__(
@@ -31,9 +36,10 @@ class Connection(Generic[Incoming]):
         writer: asyncio.StreamWriter,
         decoder: msgspec.msgpack.Decoder[Incoming],
         frame_bytes: int,
+        silence_s: float | None = None,
     ) -> None:
         self._reader, self._writer, self._decoder = reader, writer, decoder
-        self._frame_bytes = frame_bytes
+        self._frame_bytes, self._silence_s = frame_bytes, silence_s
         raw: socket.socket | None = writer.get_extra_info("socket")
         if raw is not None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -58,17 +64,27 @@ class Connection(Generic[Incoming]):
         if transport.get_write_buffer_size() > self._frame_bytes:
             transport.abort()
 
-    async def receive(self) -> Incoming:
-        """The next message. Raises `TransportError` when the connection ends or carries garbage."""
+    async def receive(self, most_bytes: int | None = None) -> Incoming:
+        """The next message, of `most_bytes` or `frame_bytes` at most.
+
+        Raises `TransportError` when the connection ends, falls silent or carries garbage.
+        """
         try:
-            size = int.from_bytes(await self._reader.readexactly(_HEADER_BYTES), "big")
-            if size > self._frame_bytes:
-                raise TransportError(f"a frame of {size} bytes exceeds the limit of {self._frame_bytes}")
-            return self._decoder.decode(await self._reader.readexactly(size))
+            async with asyncio.timeout(self._silence_s):
+                body = await self._read_frame(most_bytes or self._frame_bytes)
+            return self._decoder.decode(body)
+        except TimeoutError as error:
+            raise TransportError(f"nothing was heard for {self._silence_s:g} s") from error
         except (asyncio.IncompleteReadError, OSError) as error:
             raise TransportError("the connection was closed") from error
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise TransportError(f"not a control message: {error}") from error
+
+    async def _read_frame(self, most_bytes: int) -> bytes:
+        size = int.from_bytes(await self._reader.readexactly(_HEADER_BYTES), "big")
+        if size > most_bytes:
+            raise TransportError(f"a frame of {size} bytes exceeds the limit of {most_bytes}")
+        return await self._reader.readexactly(size)
 
     async def __aiter__(self) -> AsyncIterator[Incoming]:
         while True:
@@ -93,10 +109,33 @@ def from_below(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, frame
     return Connection(reader, writer, msgspec.msgpack.Decoder(Upward), frame_bytes)
 
 
-async def connect(host: str, port: int, *, frame_bytes: int, timeout_s: float) -> Connection[Downward]:
-    """An agent's or worker's end. Raises `TransportError` if the controller cannot be reached."""
+async def join(
+    address: str, hello: AgentHello | WorkerHello, *, frame_bytes: int, timeout_s: float, silence_s: float
+) -> Connection[Downward]:
+    """Connect to the controller at `host:port` and say hello.
+
+    Raises `TransportError` if nobody welcomes it within `timeout_s`, `JoinRefused` if the controller declines.
+    """
+    host, _, port = address.rpartition(":")
     try:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            connection = Connection(reader, writer, msgspec.msgpack.Decoder(Downward), frame_bytes, silence_s)
+            return await _welcomed(connection, hello)
     except (OSError, TimeoutError) as error:
-        raise TransportError(f"no controller answers at {host}:{port}") from error
-    return Connection(reader, writer, msgspec.msgpack.Decoder(Downward), frame_bytes)
+        raise TransportError(f"no controller answers at {address}") from error
+
+
+async def _welcomed(connection: Connection[Downward], hello: AgentHello | WorkerHello) -> Connection[Downward]:
+    answer = None
+    try:
+        connection.send(hello)
+        answer = await connection.receive()
+        if isinstance(answer, Rejected):
+            raise JoinRefused(f"the controller refused {hello.instance}: {answer.reason}")
+        if not isinstance(answer, Welcome):
+            raise TransportError("the controller answered a hello with something else")
+        return connection
+    finally:
+        if not isinstance(answer, Welcome):
+            connection.abort()

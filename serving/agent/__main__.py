@@ -11,7 +11,7 @@ import sys
 
 from serving import lifeline, settings
 from serving.agent.agent import Agent, Dismissed, Identity
-from serving.errors import PerennialError
+from serving.errors import InvalidInput, PerennialError, TransportError
 
 
 async def _serve(identity: Identity, configuration: settings.ServingSettings) -> int:
@@ -24,8 +24,14 @@ async def _serve(identity: Identity, configuration: settings.ServingSettings) ->
         return 0
     finally:
         await agent.stop()
-    logging.getLogger(__name__).error("no controller at %s; giving up", identity.controller)
-    return 1
+    raise TransportError(f"no controller answers at {identity.controller}; giving up")
+
+
+def _check(identity: Identity) -> None:
+    if not identity.controller.rpartition(":")[2].isdigit():
+        raise InvalidInput(f"{identity.controller!r} is not an address; write --controller host:port")
+    if identity.devices < 1:
+        raise InvalidInput("an instance needs at least one device; write --devices 1 or more")
 
 
 def main() -> int:
@@ -51,9 +57,10 @@ def main() -> int:
         arguments.grace_s,
     )
     try:
+        _check(identity)
         return asyncio.run(_serve(identity, settings.load(arguments.settings)))
     except PerennialError as error:
-        logging.getLogger(__name__).error("%s", error)
+        sys.stderr.write(f"{error}\n")
         return 1
 
 

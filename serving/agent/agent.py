@@ -13,9 +13,11 @@ from serving import messages as m
 from serving.agent.notices import NoticeFile
 from serving.errors import PerennialError
 from serving.settings import ServingSettings
-from serving.transport import Connection, connect
+from serving.transport import Connection, join
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,19 @@ class Agent:
             self._connection.send(m.Notice(self._identity.instance, left_s, self._notice[1]))
 
     async def serve(self) -> None:
-        """Obey the controller until the connection ends; raises `Dismissed` when told to leave."""
-        settings, identity = self._settings, self._identity
-        host, _, port = identity.controller.rpartition(":")
-        connection = await connect(
-            host, int(port), frame_bytes=settings.capacity.frame_bytes, timeout_s=settings.timeouts.join_s
+        """Obey the controller until the connection ends.
+
+        Raises `Dismissed` when told to leave, `JoinRefused` or `TransportError` if there is no connection.
+        """
+        timeouts, identity = self._settings.timeouts, self._identity
+        connection = await join(
+            identity.controller,
+            m.AgentHello(self._settings.token, identity.instance, identity.type, identity.devices, os.getpid()),
+            frame_bytes=self._settings.capacity.frame_bytes,
+            timeout_s=timeouts.join_s,
+            silence_s=timeouts.controller_gone_s,
         )
         self._connection = connection
-        connection.send(m.AgentHello(settings.token, identity.instance, identity.type, identity.devices, os.getpid()))
         self._tell_notice()
         beat = asyncio.create_task(self._beat(connection))
         try:
@@ -87,8 +94,6 @@ class Agent:
             await connection.close()
 
     def _obey(self, message: m.Downward) -> None:
-        if isinstance(message, m.Rejected):
-            raise SystemExit(f"the controller refused this agent: {message.reason}")
         if isinstance(message, m.Dismiss):
             raise Dismissed("dismissed")
         if isinstance(message, m.KillWorker) and message.index in self._workers:
@@ -101,15 +106,25 @@ class Agent:
             await asyncio.sleep(self._settings.timeouts.heartbeat_s)
 
     async def _keep(self, index: int) -> None:
-        """Run worker `index`, and run it again when it ends."""
+        """Run worker `index`, and run it again when it ends: later and later if it does not live long."""
+        clock, timeouts = asyncio.get_running_loop().time, self._settings.timeouts
+        failures = 0
         while True:
-            process = await self._spawn(index)
-            self._workers[index] = process
-            code = await process.wait()
-            logger.warning("worker %s/%d ended with code %d", self._identity.instance, index, code)
-            if self._connection is not None:
-                self._connection.send(m.WorkerExited(self._identity.instance, index, code))
-            await asyncio.sleep(self._settings.timeouts.retry_s)
+            started = clock()
+            await self._run(index)
+            failures = 0 if clock() - started > timeouts.join_s else failures + 1
+            await asyncio.sleep(min(timeouts.retry_s * 2 ** min(failures, 10), _LONGEST_RETRY_S))
+
+    async def _run(self, index: int) -> None:
+        try:
+            process = self._workers[index] = await self._spawn(index)
+        except OSError as error:
+            logger.error("worker %s/%d cannot be started: %s", self._identity.instance, index, error)
+            return
+        code = await process.wait()
+        logger.warning("worker %s/%d ended with code %d", self._identity.instance, index, code)
+        if self._connection is not None:
+            self._connection.send(m.WorkerExited(self._identity.instance, index, code))
 
     async def _spawn(self, index: int) -> asyncio.subprocess.Process:
         identity = self._identity

@@ -12,12 +12,14 @@ from typing import Protocol
 from data.cluster import ClusterState
 from data.layout import Device
 from serving import messages as m
-from serving.errors import TransportError
+from serving.errors import InvalidInput, TransportError
 from serving.requests import InstanceInfo
 from serving.settings import ServingSettings
 from serving.transport import Connection, from_below
 
 logger = logging.getLogger(__name__)
+
+_HELLO_BYTES = 4096  # nobody makes the controller buffer more before showing the join token
 
 
 class Listener(Protocol):
@@ -50,6 +52,7 @@ class Member:
     seen_at: float
     pid: int
     steps: int = 0
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # its loss has been dealt with
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +71,7 @@ class InstanceState:
     @property
     def complete(self) -> bool:
         """Whether agent and every worker are connected."""
-        return self.agent is not None and len(self.workers) == self.devices
+        return self.agent is not None and self.workers.keys() == set(range(self.devices))
 
     @property
     def usable(self) -> bool:
@@ -87,9 +90,14 @@ class Membership:
         self._connections: set[Connection[m.Upward]] = set()
 
     async def start(self) -> int:
-        """Listen; returns the bound port."""
-        settings = self._settings
-        self._server = await asyncio.start_server(self._accept, settings.host, settings.control_port)
+        """Listen; returns the bound port. Raises `InvalidInput` if the address cannot be had."""
+        host, port = self._settings.host, self._settings.control_port
+        try:
+            self._server = await asyncio.start_server(self._accept, host, port)
+        except OSError as error:
+            raise InvalidInput(
+                f"cannot listen for agents on {host}:{port} ({error.strerror}); choose another control port"
+            ) from error
         self._lease_task = asyncio.create_task(self._watch_leases())
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -99,8 +107,7 @@ class Membership:
             self._lease_task.cancel()
         if self._server:
             self._server.close()
-        for connection in list(self._connections):
-            await connection.close()
+        await asyncio.gather(*(connection.close() for connection in self._connections))
 
     # -- views ------------------------------------------------------------------------------------
 
@@ -155,10 +162,10 @@ class Membership:
         return True
 
     def dismiss(self, name: str) -> None:
-        """Tell an instance to go."""
+        """Tell an instance to go; one without an agent cannot be told."""
         instance = self.instances[name]
-        instance.dismissed = True
         if instance.agent is not None:
+            instance.dismissed = True
             instance.agent.connection.send(m.Dismiss())
 
     # -- connections --------------------------------------------------------------------------------
@@ -167,7 +174,7 @@ class Membership:
         connection = from_below(reader, writer, self._settings.capacity.frame_bytes)
         self._connections.add(connection)
         try:
-            hello = await asyncio.wait_for(connection.receive(), self._settings.timeouts.join_s)
+            hello = await asyncio.wait_for(connection.receive(_HELLO_BYTES), self._settings.timeouts.join_s)
             if isinstance(hello, m.AgentHello | m.WorkerHello):
                 await self._welcome(connection, hello)
         except (TransportError, TimeoutError) as error:
@@ -177,26 +184,45 @@ class Membership:
             await connection.close()
 
     async def _welcome(self, connection: Connection[m.Upward], hello: m.AgentHello | m.WorkerHello) -> None:
-        if not hmac.compare_digest(hello.token.encode(), self._settings.token.encode()):
-            logger.warning("refused %s from %s: wrong join token", hello.instance, connection.host)
-            connection.send(m.Rejected("wrong join token; take the one of this controller"))
-            return
-        refusal = self._refusal(hello)
+        refusal = self._refusal(hello, connection.host)
         if refusal:
+            logger.warning("refused %s from %s: %s", hello.instance, connection.host, refusal)
             connection.send(m.Rejected(refusal))
             return
+        await self._supersede(hello)
         connection.send(m.Welcome())
         member = Member(connection, asyncio.get_running_loop().time(), hello.pid)
-        if isinstance(hello, m.AgentHello):
-            await self._serve_agent(hello, member)
-        else:
-            await self._serve_worker(Device(hello.instance, hello.index), member)
+        try:
+            if isinstance(hello, m.AgentHello):
+                await self._serve_agent(hello, member)
+            else:
+                await self._serve_worker(Device(hello.instance, hello.index), member)
+        finally:
+            member.gone.set()
 
-    def _refusal(self, hello: m.AgentHello | m.WorkerHello) -> str:
-        instance = self.instances.get(hello.instance)
-        if isinstance(hello, m.AgentHello) and instance is not None and instance.agent is not None:
+    def _refusal(self, hello: m.AgentHello | m.WorkerHello, host: str) -> str:
+        if not hmac.compare_digest(hello.token.encode(), self._settings.token.encode()):
+            return "wrong join token; take the one of this controller"
+        if isinstance(hello, m.WorkerHello):
+            return ""
+        if hello.devices < 1:
+            return "an instance needs at least one device"
+        present = self._present(hello)
+        if present is not None and (present.pid, present.connection.host) != (hello.pid, host):
             return f"an instance named {hello.instance} is here already; choose another name"
         return ""
+
+    def _present(self, hello: m.AgentHello | m.WorkerHello) -> Member | None:
+        instance = self.instances.get(hello.instance)
+        if instance is None:
+            return None
+        return instance.agent if isinstance(hello, m.AgentHello) else instance.workers.get(hello.index)
+
+    async def _supersede(self, hello: m.AgentHello | m.WorkerHello) -> None:
+        """Whoever says hello again has lost its old connection: first come all consequences of that."""
+        while (present := self._present(hello)) is not None:
+            present.connection.abort()
+            await asyncio.wait_for(present.gone.wait(), self._settings.timeouts.join_s)
 
     def _instance(self, name: str) -> InstanceState:
         return self.instances.setdefault(name, InstanceState(name, "", 0))
@@ -204,12 +230,14 @@ class Membership:
     async def _serve_agent(self, hello: m.AgentHello, member: Member) -> None:
         instance = self._instance(hello.instance)
         instance.type, instance.devices, instance.agent = hello.type, hello.devices, member
-        self._announce(instance)
-        reason = await self._listen(member, lambda message: self._agent_said(instance, message))
-        if self.instances.get(hello.instance) is instance:
+        reason = "its connection was dropped"
+        try:
+            self._announce(instance)
+            reason = await self._listen(member, lambda message: self._agent_said(instance, message))
+        finally:
             del self.instances[hello.instance]
-            for worker in list(instance.workers.values()):
-                await worker.connection.close()
+            for worker in instance.workers.values():
+                worker.connection.abort()
             self._listener.instance_lost(instance, reason)
             self._listener.fleet_changed()
 
@@ -222,10 +250,14 @@ class Membership:
     async def _serve_worker(self, device: Device, member: Member) -> None:
         instance = self._instance(device.instance)
         instance.workers[device.index] = member
-        self._announce(instance)
-        reason = await self._listen(member, lambda message: self._listener.worker_said(device, message))
-        if instance.workers.get(device.index) is member:
+        reason = "its connection was dropped"
+        try:
+            self._announce(instance)
+            reason = await self._listen(member, lambda message: self._listener.worker_said(device, message))
+        finally:
             del instance.workers[device.index]
+            if instance.agent is None and not instance.workers:
+                self.instances.pop(instance.name, None)
             self._listener.worker_lost(device, reason)
             self._listener.fleet_changed()
 
@@ -240,6 +272,7 @@ class Membership:
             member.seen_at = loop.time()
             if isinstance(message, m.Heartbeat):
                 member.steps = message.steps
+                member.connection.send(m.Alive())
             else:
                 hear(message)
 

@@ -9,16 +9,16 @@ import os
 import sys
 
 from serving import lifeline, settings
-from serving.errors import PerennialError, TransportError
+from serving.errors import PerennialError
 from serving.worker.worker import Worker
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
     configuration = settings.load(arguments.settings)
     worker = Worker(configuration, arguments.instance, arguments.index)
-    host, _, port = arguments.controller.rpartition(":")
+    lifeline.settle()
     await lifeline.persist(
-        lambda: worker.serve(host, int(port), pid=os.getpid()),
+        lambda: worker.serve(arguments.controller, pid=os.getpid()),
         give_up_s=configuration.timeouts.controller_gone_s,
     )
 
@@ -34,8 +34,8 @@ def main() -> int:
     lifeline.watch_stdin()
     try:
         asyncio.run(_serve(arguments))
-    except (PerennialError, TransportError) as error:
-        logging.getLogger(__name__).error("%s", error)
+    except PerennialError as error:
+        sys.stderr.write(f"{error}\n")
         return 1
     return 0
 

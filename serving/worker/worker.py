@@ -19,7 +19,7 @@ from serving import messages as m
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.weights import CheckpointReader, read_spec
 from serving.settings import ServingSettings
-from serving.transport import Connection, connect
+from serving.transport import Connection, join
 from serving.worker.build import Build, build_position, compute_device, weight_dtype
 from serving.worker.groups import Group, GroupBroken, connect_store
 from serving.worker.movement import HeldTensor, WeightMover, move_kv
@@ -49,7 +49,7 @@ class Worker:
         self._reader = CheckpointReader(settings.checkpoint)
         self._held: dict[str, HeldTensor] = {}
         self._prepared: dict[int, PreparedRole] = {}
-        self._latest_epoch = self._abandoned_through = -1
+        self._abandoned_through = -1
         self._loop: StepLoop | None = None
         self._lock = threading.Lock()  # orders to let go arrive while threads take on
         self._connection: Connection[m.Downward] | None = None
@@ -57,44 +57,51 @@ class Worker:
 
     # -- connection ---------------------------------------------------------------------------
 
-    async def serve(self, host: str, port: int, *, pid: int) -> None:
-        """Obey the controller until the connection ends. Raises `TransportError` if there is none."""
+    async def serve(self, controller: str, *, pid: int) -> None:
+        """Obey the controller at `host:port` until the connection ends.
+
+        Raises `JoinRefused` or `TransportError` if there is no connection.
+        """
         settings = self._settings
-        self._connection = await connect(
-            host, port, frame_bytes=settings.capacity.frame_bytes, timeout_s=settings.timeouts.join_s
+        connection = await join(
+            controller,
+            m.WorkerHello(settings.token, self._instance, self._index, pid),
+            frame_bytes=settings.capacity.frame_bytes,
+            timeout_s=settings.timeouts.join_s,
+            silence_s=settings.timeouts.controller_gone_s,
         )
-        self._connection.send(m.WorkerHello(settings.token, self._instance, self._index, pid))
-        beat = asyncio.create_task(self._beat())
+        self._connection = connection
+        beat = asyncio.create_task(self._beat(connection))
         try:
-            async for message in self._connection:
-                if isinstance(message, m.Rejected):
-                    raise SystemExit(f"the controller refused this worker: {message.reason}")
+            async for message in connection:
                 self._obey(message)
         finally:
             beat.cancel()
             self._forget_everything()
-            await self._connection.close()
+            await connection.close()
 
-    async def _beat(self) -> None:
+    async def _beat(self, connection: Connection[m.Downward]) -> None:
         while True:
-            self._send(m.Heartbeat(self._loop.steps if self._loop else 0))
+            connection.send(m.Heartbeat(self._loop.steps if self._loop else 0))
             await asyncio.sleep(self._settings.timeouts.heartbeat_s)
 
-    def _send(self, message: m.Message) -> None:
-        if self._connection is not None:
-            self._connection.send(message)
+    def _poster(self) -> Callable[[m.Message], None]:
+        """Sends from any thread to the controller of this moment: its epochs mean nothing to the next one."""
+        connection = self._connection
+        assert connection is not None
 
-    def _post(self, message: m.Message) -> None:
-        """Send from any thread."""
-        self._runner.call_soon_threadsafe(self._send, message)
+        def post(message: m.Message) -> None:
+            self._runner.call_soon_threadsafe(connection.send, message)
+
+        return post
 
     # -- commands -----------------------------------------------------------------------------
 
     def _obey(self, message: m.Downward) -> None:
         match message:
             case m.Prepare():
-                self._latest_epoch = message.epoch
-                self._in_thread(message.epoch, -1, "prepare", lambda: self._prepare(message))
+                connection = self._connection
+                self._in_thread(message.epoch, -1, "prepare", lambda: self._prepare(message, connection))
             case m.Pause(replica=replica):
                 self._to_leader(replica, Leader.pause)
             case m.Move():
@@ -120,6 +127,8 @@ class Worker:
             command(self._loop)
 
     def _in_thread(self, epoch: int, replica: int, phase: str, work: Callable[[], m.Message]) -> None:
+        post = self._poster()
+
         def run() -> None:
             try:
                 with torch.inference_mode():
@@ -127,13 +136,13 @@ class Worker:
             except Exception as error:  # noqa: BLE001 - the controller decides what a failure means
                 logger.warning("%s: %s of epoch %d failed: %s", self.name, phase, epoch, error)
                 answer = m.Failed(epoch, replica, phase, f"{type(error).__name__}: {error}")
-            self._post(answer)
+            post(answer)
 
         threading.Thread(target=run, name=f"{phase}-{epoch}", daemon=True).start()
 
     # -- phases (each in its own thread) --------------------------------------------------------
 
-    def _prepare(self, order: m.Prepare) -> m.Message:
+    def _prepare(self, order: m.Prepare, connection: Connection[m.Downward] | None) -> m.Message:
         timeouts, host = self._settings.timeouts, self._settings.host
         build = Build(
             spec=self._spec,
@@ -158,7 +167,7 @@ class Worker:
         position = build_position(build, order.role, result.tensors) if order.role else None
         held = retained(self._held, result.tensors) if order.role else self._held
         with self._lock:
-            if order.epoch <= self._abandoned_through:
+            if connection is not self._connection or order.epoch <= self._abandoned_through:
                 raise GroupBroken("the epoch was abandoned meanwhile")
             self._prepared[order.epoch] = PreparedRole(order.world, world, position, held)
         return m.Prepared(order.epoch, result.local_bytes, result.received_bytes, result.disk_bytes)
@@ -168,6 +177,8 @@ class Worker:
         old = self._loop
         if old is not None and order.sends:
             old.join(self._settings.timeouts.pause_s)
+            if old.is_alive():
+                raise GroupBroken("the old replica did not stop in time")
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         source = old.position.cache if old is not None else None
@@ -190,8 +201,10 @@ class Worker:
     def _step_loop(self, epoch: int, position: Position, adoptions: list[m.Adoption]) -> StepLoop:
         role, engine, spec = position.role, self._settings.engine, self._spec
 
+        post = self._poster()
+
         def fail(reason: str) -> None:
-            self._post(m.Failed(epoch, role.replica, "step", reason))
+            post(m.Failed(epoch, role.replica, "step", reason))
 
         if role.rank:
             return Follower(position, fail)
@@ -207,7 +220,7 @@ class Worker:
             position,
             Scheduler(limits, spec.eos_token_ids),
             fail=fail,
-            report=self._post,
+            report=post,
             keepalive_s=self._settings.timeouts.collective_s / 4,
         )
         leader.adopt(adoptions)
@@ -231,7 +244,8 @@ class Worker:
         """Without a controller nothing here is in force; the weights stay for the next one."""
         if self._loop is not None:
             self._retire([self._loop.position.role.replica])
-        self._abandon(self._latest_epoch)
+        self._abandon(max(self._prepared, default=-1))
+        self._connection, self._abandoned_through = None, -1
 
 
 def retained(held: dict[str, HeldTensor], needed: dict[str, HeldTensor]) -> dict[str, HeldTensor]:
