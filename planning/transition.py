@@ -114,6 +114,14 @@ def _needed(spec: ModelSpec, target: ParallelConfig, new: Sequence[NewReplica]) 
     }
 
 
+def common(held: Sequence[Box], needed: Sequence[Box]) -> tuple[Box, ...]:
+    """What a device holds for certain, whether or not it took over `needed`; boxes have one per tensor at most."""
+    by_tensor = {box.tensor: box for box in held}
+    return tuple(
+        both for box in needed if box.tensor in by_tensor and (both := by_tensor[box.tensor].overlap(box)) is not None
+    )
+
+
 def retained(held: Sequence[Box], needed: Sequence[Box]) -> tuple[Box, ...]:
     """What a device holds after it took over `needed`: a box inside a held one stays a view of it."""
     by_tensor = {box.tensor: box for box in held}

@@ -18,7 +18,7 @@ from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
 from serving.controller.plans import PlanSource, read_plan_file
 from serving.controller.records import Record
-from serving.engine.weights import read_spec
+from serving.engine.weights import CheckpointReader, read_spec
 from serving.errors import NotFound, PerennialError, PlanMismatch, QueueFull, Unavailable
 from serving.requests import Chunk, Event, GenerationRequest, PositionInfo, ServerInfo
 from serving.settings import ServingSettings
@@ -27,6 +27,7 @@ from serving.telemetry import Metrics
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.05
+_LEADERS_MARGIN_S = 0.5
 
 
 class Controller:
@@ -57,6 +58,8 @@ class Controller:
     async def open(cls, settings: ServingSettings) -> tuple[Controller, int]:
         """Load checkpoint, plan and journal, resume what is unfinished; returns the control port too."""
         spec = read_spec(settings.checkpoint)
+        with CheckpointReader(settings.checkpoint) as reader:
+            reader.verify(spec)  # workers would find out too, but far from whoever starts the service
         tokenizer = _read_tokenizer(settings.checkpoint)
         source = None
         if settings.plan:
@@ -105,8 +108,9 @@ class Controller:
             self._admit(request)
             record = await self._ledger.admit(request)
             self.metrics.admitted(len(request.prompt))
-            self.fleet.dispatcher.enqueue(record)
-            self.fleet.dispatch()
+            if record.finish is None:  # it may have been aborted already
+                self.fleet.dispatcher.enqueue(record)
+                self.fleet.dispatch()
         return self._listen(record, 0)
 
     def _admit(self, request: GenerationRequest) -> None:
@@ -245,7 +249,7 @@ class Controller:
             await asyncio.sleep(self._settings.timeouts.plan_poll_s)
             try:
                 await self._poll_registry(self._source)
-            except PerennialError as error:
+            except Exception as error:  # noqa: BLE001 - a registry fails in many ways; the next poll may not
                 logger.warning("%s; the plan in force stays", error)
 
     async def _poll_registry(self, source: PlanSource) -> None:
@@ -291,7 +295,9 @@ class Controller:
 
     def _check(self, record: Record, now: float) -> None:
         orphan_s = self._settings.timeouts.orphan_s
-        if record.replica is None and record.deadline_at is not None and now > record.deadline_at:
+        # A leader sees to the deadlines of its requests itself, as long as it can.
+        margin_s = 0.0 if record.replica is None else _LEADERS_MARGIN_S
+        if record.deadline_at is not None and now > record.deadline_at + margin_s:
             self.fleet.end(record, "deadline")
         elif record.orphaned_at is not None and now - record.orphaned_at > orphan_s:
             self.fleet.end(record, "abort")

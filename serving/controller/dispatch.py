@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from data.layout import Device, ParallelConfig
@@ -47,7 +48,7 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """Requests that no replica has yet."""
-        return sum(record.finish is None for record in self._queue)
+        return len(self._queue)
 
     @property
     def live(self) -> list[Replica]:
@@ -64,17 +65,10 @@ class Dispatcher:
             record.replica = None
             self._queue.appendleft(record)
 
-    def queued(self) -> Sequence[Record]:
-        """A snapshot of the queue."""
-        return tuple(self._queue)
-
     def assign(self) -> dict[int, list[Record]]:
         """Take from the queue what the replicas have room for; returns records by replica number."""
         assigned: dict[int, list[Record]] = {}
         while self._queue:
-            if self._queue[0].finish is not None:
-                self._queue.popleft()
-                continue
             replica = max(self.live, key=lambda one: (one.room, -one.number), default=None)
             if replica is None or replica.room <= 0:
                 break
@@ -89,8 +83,12 @@ class Dispatcher:
         replica.records[record.key] = record
 
     def release(self, record: Record) -> Replica | None:
-        """`record` has ended; returns the replica that worked on it."""
-        replica = self.replicas.get(record.replica) if record.replica is not None else None
+        """`record` has ended and leaves the queue, or the replica that is returned."""
+        if record.replica is None:
+            with contextlib.suppress(ValueError):
+                self._queue.remove(record)
+            return None
+        replica = self.replicas.get(record.replica)
         if replica is not None:
             replica.records.pop(record.key, None)
         return replica

@@ -11,7 +11,7 @@ from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
 from data.plan import PlanBook
 from planning.resharding import Box
-from planning.transition import LiveReplica, Transition, plan_transition
+from planning.transition import LiveReplica, Transition, common, plan_transition
 from serving import messages as m
 from serving.controller.dispatch import Dispatcher, Replica
 from serving.controller.events import EventLog
@@ -29,6 +29,7 @@ from serving.telemetry import Metrics
 logger = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 5.0
+_DOUBLINGS = 10  # of the pause between attempts; more would overflow long before they were waited for
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -114,7 +115,7 @@ class Fleet:
         """A worker is gone: its replica is broken, and so is a reconfiguration it takes part in."""
         self._resident.pop(device, None)
         instance = self.membership.instances.get(device.instance)
-        if instance is None or not instance.dismissed:
+        if instance is not None and not instance.dismissed:  # otherwise the end of the instance says it
             self._events.emit("worker_lost", device=str(device), reason=reason)
         if self._current is not None:
             self._current.lost(device, reason)
@@ -212,6 +213,7 @@ class Fleet:
     async def _reconfigure_forever(self) -> None:
         timeouts = self._settings.timeouts
         await self._gather()
+        self.fleet_changed()  # nobody may have come: that has to be said too
         failures = 0
         while True:
             await self._changed.wait()
@@ -225,7 +227,7 @@ class Fleet:
                 if not isinstance(error, TransitionFailed):
                     logger.exception("epoch %d", self.epoch)
                 self._events.emit("reconfiguration_failed", epoch=self.epoch, reason=str(error))
-                await asyncio.sleep(min(timeouts.retry_s * 2 ** (failures - 1), _LONGEST_RETRY_S))
+                await asyncio.sleep(min(timeouts.retry_s * 2 ** min(failures - 1, _DOUBLINGS), _LONGEST_RETRY_S))
                 self.fleet_changed()
 
     async def _gather(self) -> None:
@@ -275,7 +277,6 @@ class Fleet:
 
     async def _carry_out(self, transition: Transition, target: ParallelConfig) -> None:
         self.epoch += 1
-        await self._journal.set_meta("epoch", self.epoch)
         retired = [self.dispatcher.replicas[number] for number in transition.retire]
         before = str(self.config) if self.config else ""
         mode = "recovery" if self._broken else "planned"
@@ -285,11 +286,15 @@ class Fleet:
         )
         self._current, self._early = attempt, []
         try:
+            await self._journal.set_meta("epoch", self.epoch)
             outcome = await attempt.run(self._prepared, lambda: self._hold(retired))
-        except TransitionFailed:
+        except Exception:
             attempt.undo()
             if attempt.paused:
                 self._replay(self.dispatcher.drop(transition.retire))
+            if attempt.activated:  # who took its role over is not known; who did let go of other weights
+                for device in transition.needed.keys() & self._resident.keys():
+                    self._resident[device] = common(self._resident[device], transition.needed[device])
             raise
         finally:
             self._current = None

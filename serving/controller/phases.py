@@ -37,6 +37,7 @@ class Phase(Generic[Answer]):
         """The phase cannot complete."""
         if not self._done.done():
             self._done.set_exception(TransitionFailed(f"{self.name}: {reason}"))
+            self._done.exception()  # nobody may be waiting any more, and that is no error
 
     def lost(self, device: Device, reason: str) -> None:
         """A worker is gone; that matters if its answer is still missing."""

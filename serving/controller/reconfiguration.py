@@ -64,6 +64,8 @@ class Reconfiguration:
     new: list[Replica] = field(default_factory=list)
     world: tuple[Device, ...] = ()
     paused: bool = False
+    activated: bool = False  # some may have taken their new roles over
+    _failure: str = ""
     _records: dict[int, Record] = field(default_factory=dict)
     _phase: Phase[Any] | None = None
     store: Rendezvous | None = None  # lives as long as the epoch's replicas: NCCL connects lazily
@@ -73,8 +75,8 @@ class Reconfiguration:
     def heard(self, device: Device, message: m.Upward) -> None:
         """An answer, or a failure, of a participant."""
         if isinstance(message, m.Failed):
-            if message.epoch == self.epoch and self._phase is not None:
-                self._phase.fail(f"{device} failed: {message.reason}")
+            if message.epoch == self.epoch:
+                self.fail(f"{device} failed: {message.reason}")
         elif self._phase is not None and self._belongs(message):
             self._phase.answer(device, message)
 
@@ -85,24 +87,27 @@ class Reconfiguration:
 
     def lost(self, device: Device, reason: str) -> None:
         """A worker is gone. A participant's loss ends the attempt: its groups are broken."""
-        if device in self.world and self._phase is not None:
-            self._phase.fail(f"{device} was lost ({reason})")
+        if device in self.world:
+            self.fail(f"{device} was lost ({reason})")
 
     def builds(self, number: int) -> bool:
         """Whether replica `number` is one of the new ones."""
         return any(replica.number == number for replica in self.new)
 
     def fail(self, reason: str) -> None:
-        """End the attempt at once."""
+        """End the attempt at once; between two phases, before the next one."""
+        self._failure = self._failure or reason
         if self._phase is not None:
             self._phase.fail(reason)
 
-    def cancel(self, reason: str) -> bool:
-        """The world has changed: give up unless requests are already in the air; returns whether it did."""
-        if self.paused or self._phase is None:
-            return False
-        self._phase.fail(reason)
-        return True
+    def cancel(self, reason: str) -> None:
+        """The world has changed: give up unless requests are already in the air."""
+        if not self.paused:
+            self.fail(reason)
+
+    def _check(self, phase: str) -> None:
+        if self._failure:
+            raise TransitionFailed(f"{phase}: {self._failure}")
 
     # -- the phases ------------------------------------------------------------------------------------
 
@@ -123,6 +128,7 @@ class Reconfiguration:
         kv_bytes = await self._move(adopted)
         moved = clock()
         await self._activate(adopted)
+        self._check("activate")
         ended = clock()
         seconds = {"prepare": ready - started, "pause": stopped - ready}
         seconds |= {"transfer": moved - stopped, "activate": ended - moved, "total": ended - started}
@@ -140,6 +146,7 @@ class Reconfiguration:
     async def _ask(
         self, name: str, orders: Mapping[Device, m.Message], timeout_s: float, expected: Iterable[Device] | None = None
     ) -> dict[Device, Any]:
+        self._check(name)
         self._phase = Phase(name, orders if expected is None else expected)
         for device, order in orders.items():
             if not self.workers.connected(device):
@@ -180,6 +187,7 @@ class Reconfiguration:
         return sum(answer.sent_bytes for answer in answers.values())
 
     async def _activate(self, adopted: Sequence[Adopted]) -> None:
+        self.activated = True
         now = asyncio.get_running_loop().time()
         retire = [replica.number for replica in self.retired]
         inherited: dict[Device, list[m.Adoption]] = {}

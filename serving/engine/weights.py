@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.errors import CorruptData, InvalidInput
-from data.models import ModelSpec
+from data.models import ModelSpec, tensors
 from serving.engine.place import Place
 
 _SINGLE = "model.safetensors"
@@ -74,18 +74,24 @@ class CheckpointReader:
 
         `shape` is what the whole tensor should measure; without it any is accepted.
         """
-        view = self._slice(name)
-        stored = tuple(view.get_shape())
-        if shape is not None and stored != tuple(shape):
-            raise CorruptData(f"tensor {name} of {self._directory} has shape {stored}, config.json says {tuple(shape)}")
+        view = self._slice(name, shape)
         tensor: Tensor = view[tuple(slice(low, high) for low, high in zip(start, stop, strict=True))]
         return tensor.contiguous()
 
-    def _slice(self, name: str) -> Any:
+    def verify(self, spec: ModelSpec) -> None:
+        """Look whether every tensor of a model is there in full, without reading any."""
+        for tensor in tensors(spec):
+            self._slice(tensor.name, tensor.shape)
+
+    def _slice(self, name: str, shape: Sequence[int] | None) -> Any:
         try:
-            return self._open(self._file_of[name]).get_slice(name)
+            view = self._open(self._file_of[name]).get_slice(name)
         except (KeyError, SafetensorError) as error:
             raise CorruptData(f"checkpoint {self._directory} lacks the tensor {name}; copy it again") from error
+        stored = tuple(view.get_shape())
+        if shape is not None and stored != tuple(shape):
+            raise CorruptData(f"tensor {name} of {self._directory} has shape {stored}, config.json says {tuple(shape)}")
+        return view
 
     def _find_tensors(self) -> dict[str, str]:
         if (self._directory / _INDEX).is_file():

@@ -176,6 +176,7 @@ class Leader(StepLoop):
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, list[SampledToken] | None]] = deque()
         self._pausing = False
+        self._relieved = False  # requests went without an emission that would say how much is left
         self._spoke_at = time.monotonic()
 
     def submit(self, assignments: list[Assignment]) -> None:
@@ -214,7 +215,7 @@ class Leader(StepLoop):
 
     def _cancel(self, keys: list[int]) -> None:
         for key in keys:
-            self._scheduler.abort(key)
+            self._relieved |= self._scheduler.abort(key)
 
     def _pause(self) -> None:
         self._pausing = True
@@ -278,8 +279,10 @@ class Leader(StepLoop):
         self._report(Paused(self.position.role.replica, resident))
 
     def _tell(self, drawn: list[Drawn]) -> None:
-        if not drawn or self._stopped.is_set():
+        quiet = not drawn and (self._in_flight or not self._relieved)
+        if quiet or self._stopped.is_set():
             return
+        self._relieved = False
         while not self._window.acquire(timeout=0.5):
             if self._stopped.is_set():
                 return
