@@ -80,6 +80,7 @@ def _server(home: Path, *, schedules: bool) -> Iterator[str]:
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
+            start_new_session=True,  # Ctrl-C is for us; we still need the server to end runs in order
         )
     assert process.stdin is not None
     assert process.stdout is not None

@@ -1,6 +1,6 @@
 """The flow `profile`: measure a model on this machine's devices, once for each combination that matters."""
 
-from __future__ import annotations
+# No postponed annotations: Prefect evaluates a flow's parameters where this module's names are unknown.
 
 import socket
 from collections.abc import Iterator

@@ -194,8 +194,9 @@ class Registry:
 
     def list_plans(self, name: str | None = None) -> list[PlanVersion]:
         """Every version of one plan, or of all, newest first within a name."""
-        names = [name] if name else [model.name for model in self._client.search_registered_models()]
-        return [version for each in sorted(names) if each.startswith(_PREFIX) for version in self._versions(each)]
+        known = sorted(model.name for model in self._client.search_registered_models())
+        wanted = [each for each in known if each.startswith(_PREFIX) and name in (None, each)]
+        return [version for each in wanted for version in self._versions(each)]
 
     def load_plan(self, name: str, version: str = CHAMPION) -> PlanBook:
         """The book of a version number or alias: reads `plan.json` only and executes nothing.

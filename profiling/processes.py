@@ -70,6 +70,7 @@ def _start(folder: Path, rank: int, threads: int) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             stderr=log,
             env=environment,
+            start_new_session=True,  # Ctrl-C is for the parent, which ends them
         )
 
 

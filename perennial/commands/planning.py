@@ -1,0 +1,209 @@
+"""`perennial profile` and `perennial plan`: from a checkpoint to a plan book in the registry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from data.errors import CorruptData, InvalidInput
+from perennial.commands.plans import print_book
+
+if TYPE_CHECKING:
+    from data.cluster import ClusterSpec
+    from data.profile import Profile
+    from flows.plan import PlanRequest
+    from profiling.campaign import Progress as Step
+    from serving.settings import EngineSettings
+
+Checkpoint = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Numerics = Annotated[str, typer.Option(help="exact, native, or auto: exact on cpu, native on cuda.")]
+Shards = Annotated[int, typer.Option(help="Largest tensor-parallel degree to measure; 0: as many as devices.")]
+Budget = Annotated[float, typer.Option("--budget", help="Seconds to spend on step times.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(profile)
+    app.command()(plan)
+
+
+def profile(
+    checkpoint: Checkpoint,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    numerics: Numerics = "auto",
+    max_shards: Shards = 0,
+    budget_s: Budget = 12.0,
+    out: Annotated[Path | None, typer.Option(help="Write the profile here too.")] = None,
+) -> None:
+    """Measure step and link times of a checkpoint's model on this machine's devices."""
+    from planning.costs import holdout_error
+    from serving.settings import EngineSettings
+
+    engine = EngineSettings(device=device, dtype=dtype, numerics=numerics)
+    with _bar() as report:
+        measured, folder = _measure(checkpoint, engine, max_shards, budget_s, out, report)
+    if out is not None and folder != out:
+        measured.write(out)
+    median, p90 = holdout_error(measured)
+    console = Console()
+    console.print(f"{measured.steps.num_rows} step times and {measured.links.num_rows} link times in {out or folder}")
+    console.print(f"cost model error on held-out points: median {median:.1%}, P90 {p90:.1%}")
+
+
+def plan(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint to measure; not needed with --profile.")] = "",
+    profile: Annotated[str, typer.Option(help="Folder of a profile that was measured before.")] = "",
+    cluster: Annotated[Path | None, typer.Option(help="JSON file of the fleet (name, types, most).")] = None,
+    type: Annotated[str, typer.Option(help="Instance type from the catalog.")] = "local-cpu",  # noqa: A002
+    instances: Annotated[int, typer.Option(help="At most this many instances.")] = 4,
+    memory_mb: Annotated[float, typer.Option("--memory-mb", help="Memory of one device; 0: the type's.")] = 0.0,
+    rate: Annotated[float, typer.Option(help="Requests per second to sustain.")] = 1.0,
+    input_tokens: Annotated[int, typer.Option(help="Prompt of the reference request.")] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Output of the reference request.")] = 64,
+    slo: Annotated[float | None, typer.Option(help="Latency limit in seconds.")] = None,
+    policy: Annotated[str, typer.Option(help="perennial or spotserve.")] = "perennial",
+    max_batch: Annotated[int, typer.Option(help="Most requests a replica runs at once.")] = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    numerics: Numerics = "auto",
+    max_shards: Shards = 0,
+    budget_s: Budget = 12.0,
+    promote: Annotated[bool, typer.Option(help="Make the new version champion.")] = True,
+    serve: Annotated[bool, typer.Option("--serve", help="Keep planning on a schedule.")] = False,
+    every: Annotated[float, typer.Option(help="With --serve: seconds between runs.")] = 3600.0,
+    cron: Annotated[str, typer.Option(help="With --serve: a cron expression instead.")] = "",
+) -> None:
+    """Search a configuration for every cluster state and publish the plan book."""
+    _require("prefect", "mlflow")
+    from data.plan import PlanBook
+    from flows.local import run_plan, serve_plan
+    from perennial.settings import load_settings
+
+    settings = load_settings()
+    home = str(settings.home.absolute())  # scheduled runs start in another folder
+    measure = {
+        "checkpoint": str(Path(checkpoint).absolute()),
+        "home": home,
+        "device": device,
+        "dtype": dtype,
+        "numerics": numerics,
+    }
+    request = _request(
+        cluster=_cluster(cluster, type, instances, memory_mb).to_json(),
+        profile=str(Path(profile).absolute()) if profile else "",
+        measure={**measure, "max_shards": max_shards, "budget_s": budget_s} if checkpoint else None,
+        home=home,
+        registry=settings.registry_uri,
+        required_rps=rate,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        slo_s=slo,
+        policy=policy,
+        most_batch=max_batch,
+        promote=promote,
+    )
+    if serve:
+        every_s = 0.0 if cron else every
+        Console().print(f"planning {f'at {cron!r}' if cron else f'every {every:g} s'}; stop with Ctrl-C")
+        serve_plan(request, cron=cron, every_s=every_s)
+        return
+    with _bar() as report:
+        result = run_plan(request, on_progress=report)
+    print_book(PlanBook.from_bytes(Path(result["book"]).read_bytes()))
+    error, aliases = result["cost_model_error"], ", ".join(result["aliases"]) or "no alias"
+    console = Console()
+    console.print(f"{result['name']} version {result['version']} ({aliases}); plan book {result['book']}")
+    console.print(f"cost model error on held-out points: median {error['median']:.1%}, P90 {error['p90']:.1%}")
+
+
+def _measure(
+    checkpoint: str,
+    engine: EngineSettings,
+    max_shards: int,
+    budget_s: float,
+    out: Path | None,
+    report: Callable[[Step], None],
+) -> tuple[Profile, Path]:
+    """Through the flow where Prefect is installed, which finds earlier results; directly where it is not."""
+    from data.profile import Profile
+    from perennial.settings import load_settings
+
+    settings = load_settings()
+    if find_spec("prefect") is not None:
+        from flows.local import run_profile
+        from flows.profile import ProfileRequest
+
+        request = ProfileRequest(
+            checkpoint=checkpoint,
+            home=str(settings.home.absolute()),
+            device=engine.device,
+            dtype=engine.dtype,
+            numerics=engine.numerics,
+            max_shards=max_shards,
+            budget_s=budget_s,
+        )
+        folder = Path(run_profile(request, on_progress=report))
+        return Profile.read(folder), folder
+    from profiling.measurement import measure
+
+    measured = measure(checkpoint, engine=engine, max_shards=max_shards, budget_s=budget_s, on_progress=report)
+    folder = out or settings.profiles / measured.sha256[:16]
+    measured.write(folder)
+    return measured, folder
+
+
+def _request(**fields: Any) -> PlanRequest:
+    from pydantic import ValidationError
+
+    from flows.plan import PlanRequest
+
+    try:
+        return PlanRequest(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from error
+
+
+def _cluster(path: Path | None, type_name: str, instances: int, memory_mb: float) -> ClusterSpec:
+    from data.catalog import instance_type
+    from data.cluster import ClusterSpec
+
+    if path is not None:
+        try:
+            return ClusterSpec.from_json(json.loads(path.read_bytes()))
+        except ValueError as error:
+            raise CorruptData(f"{path} is not JSON; write name, types and most of the fleet") from error
+    kind = instance_type(type_name)
+    if memory_mb:
+        kind = replace(kind, memory_bytes=int(memory_mb * 1e6))
+    return ClusterSpec(f"{type_name}-{instances}", (kind,), (instances,))
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise InvalidInput(f"planning needs {', '.join(missing)}; install perennial[plan]")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Step], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def report(step: Step) -> None:
+            progress.update(task, description=f"measuring {step.what}", completed=step.done, total=step.total or None)
+
+        yield report
