@@ -10,13 +10,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from tokenizers import Tokenizer
 
 from serving.controller.journal import Journal, JournalFull, StoredRequest
 from serving.controller.records import Record, TextScanner
-from serving.errors import Aborted, AlreadyExists, NotFound, QueueFull
+from serving.errors import Aborted, AlreadyExists, NotFound, PerennialError, QueueFull
 from serving.messages import Emission
 from serving.requests import FinishReason, GenerationRequest
 
@@ -94,16 +94,30 @@ class Ledger:
     # -- writing ------------------------------------------------------------------------------------
 
     async def admit(self, request: GenerationRequest) -> Record:
-        """Journal a new request. Raises `QueueFull` if the journal has no room."""
+        """Journal a new request. Raises `QueueFull` if the journal has no room.
+
+        Cancelled, it leaves nothing behind: the caller never learnt that the request was taken.
+        """
         record = self._record(self._next_key, request)
         self._next_key += 1
         self._remember(record)
         try:
             await self._journal.admit(record.key, request, time.time())
         except JournalFull as error:
-            self._forget(record)
-            raise QueueFull(f"{error}; free some space and try again", retry_after_s=5.0) from error
+            refusal = QueueFull(f"{error}; free some space and try again", retry_after_s=5.0)
+            self._withdraw(record, refusal)
+            raise refusal from error
+        except BaseException:
+            self._withdraw(record, Aborted("the request was given up while it was admitted"))
+            self._journal.withdraw(record.key)
+            raise
         return record
+
+    def _withdraw(self, record: Record, reason: PerennialError) -> None:
+        """As if it had never been there, except for those who listen already."""
+        self._forget(record)
+        record.failure, record.finish, record.ended = reason, "abort", True
+        record.notify()
 
     def take(self, record: Record, emission: Emission) -> bool:
         """Add an emission; False if it does not continue the record (it is then ignored)."""
@@ -123,9 +137,7 @@ class Ledger:
     def end(self, record: Record, reason: FinishReason) -> None:
         """End a record without a further token."""
         if record.finish is None:
-            record.finish = reason
-            if record.scanner is not None and record.pieces:
-                record.pieces[-1] += record.scanner.flush()
+            record.close(reason)
             self._mark(record)
 
     def _mark(self, record: Record) -> None:
@@ -146,16 +158,21 @@ class Ledger:
             lengths = {key: len(record.output) for key, record in dirty.items()}
             ends = [(key, record.finish) for key, record in dirty.items() if record.finish is not None]
             await self._commit(dirty.values(), ends)
-            for key, record in dirty.items():
-                record.committed = lengths[key]
-            for key, _ in ends:
-                dirty[key].ended = True
-                self._finished.append(key)
-            for record in dirty.values():
-                record.notify()
+            self._journalled(dirty, lengths, ends)
             for action in actions:
                 action()
             await self._shed()
+
+    def _journalled(
+        self, dirty: Mapping[int, Record], lengths: Mapping[int, int], ends: list[tuple[int, FinishReason]]
+    ) -> None:
+        for key, record in dirty.items():
+            record.committed = lengths[key]
+        for key, _ in ends:
+            dirty[key].ended = True
+            self._finished.append(key)
+        for record in dirty.values():
+            record.notify()
 
     async def _commit(self, records: Iterable[Record], ends: list[tuple[int, FinishReason]]) -> None:
         tokens = [
@@ -168,8 +185,8 @@ class Ledger:
         while True:
             try:
                 return await self._journal.commit(tokens, ends)
-            except JournalFull as error:
-                logger.error("%s; streams wait for space", error)
+            except PerennialError as error:
+                logger.error("%s; streams wait until it does", error)
                 await asyncio.sleep(_RETRY_S)
 
     async def _shed(self) -> None:
@@ -179,7 +196,10 @@ class Ledger:
             keys = [self._finished.popleft() for _ in range(surplus)]
             for key in keys:
                 self._forget(self.records[key])
-            await self._journal.forget(keys)
+            try:
+                await self._journal.forget(keys)
+            except PerennialError as error:
+                logger.error("%s; finished requests stay in it", error)
 
     def _forget(self, record: Record) -> None:
         self.records.pop(record.key, None)

@@ -60,6 +60,7 @@ class Record:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[TopLogprob, ...]] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    rest: str = ""  # text that was held back until `finish`
     finish: FinishReason | None = None
     committed: int = 0
     ended: bool = False  # `finish` is committed too
@@ -77,10 +78,16 @@ class Record:
         self.logprobs.append(emission.logprob)
         self.top.append(tuple(emission.top))
         text, stopped = self.scanner.push(emission.token) if self.scanner else ("", False)
-        self.finish = "stop" if stopped else emission.finish
-        if self.finish is not None and self.scanner is not None:
-            text += self.scanner.flush()
         self.pieces.append(text)
+        finish: FinishReason | None = "stop" if stopped else emission.finish
+        if finish is not None:
+            self.close(finish)
+
+    def close(self, finish: FinishReason) -> None:
+        """No token follows."""
+        self.finish = finish
+        if self.scanner is not None:
+            self.rest = self.scanner.flush()
 
     def segment(self, start: int) -> Segment:
         """The tokens from `start` on, as the journal stores them."""
@@ -110,7 +117,7 @@ class Record:
         return Chunk(
             output_index=start,
             token_ids=tuple(self.output[start:stop]),
-            text="".join(self.pieces[start:stop]),
+            text="".join(self.pieces[start:stop]) + (self.rest if self.ended else ""),
             logprobs=tuple(self.logprobs[start:stop]),
             top=tuple(self.top[start:stop]) if wanted else (),
             finish=self.finish if self.ended else None,
