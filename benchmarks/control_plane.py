@@ -19,7 +19,6 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from benchmarks.fingerprint import this_machine
@@ -31,12 +30,10 @@ from serving import settings
 from serving.api.client import Client
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.free import CLOCK_S
-from serving.requests import Limits
 
 BAR_TOKENS_PER_S = 20_000
 BAR_P99_MS = 20.0
 _PACE = 1.05  # of the bar
-_WARM_UP_S = 2.0
 _CONTEXT_TOKENS = 1 << 15
 
 
@@ -47,11 +44,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rate", type=float, default=_PACE * BAR_TOKENS_PER_S, help="tokens/s drawn; 0: no limit")
     parser.add_argument("--out", type=Path, help="folder for control_plane.json")
-    parser.add_argument("--client", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.client:
-        print(json.dumps(asyncio.run(_measure(arguments.client, arguments.streams, arguments.seconds))))
-        return 0
     result = run(arguments.streams, arguments.seconds, arguments.rate)
     print(json.dumps(result, indent=2))
     if arguments.out:
@@ -158,41 +151,13 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 def _client(address: str, streams: int, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.control_plane", "--client", address]
-    command += ["--streams", str(streams), "--seconds", str(seconds)]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds + 60)
+    arguments = {"address": address, "streams": streams, "seconds": seconds}
+    arguments |= {"max-tokens": _CONTEXT_TOKENS, "clock-s": CLOCK_S}
+    command = [sys.executable, "-m", "benchmarks.stream_reader"]
+    command += [f"--{name}={value}" for name, value in arguments.items()]
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=seconds + 60)
     measured: dict[str, Any] = json.loads(finished.stdout)
     return measured
-
-
-async def _measure(address: str, streams: int, seconds: float) -> dict[str, Any]:
-    """The client: read all streams for a while, and look at the tokens of the time after the warm-up."""
-    receipts: list[tuple[float, tuple[float, ...]]] = []  # when, and the draw clocks of the tokens
-    async with Client(address) as client:
-        ends_at = time.monotonic() + _WARM_UP_S + seconds
-        await asyncio.gather(*(_read(client, index, ends_at, receipts) for index in range(streams)))
-    begins_at = ends_at - seconds
-    window = [(at, clocks) for at, clocks in receipts if begins_at <= at < ends_at]
-    ages_s = np.concatenate([(at - np.array(clocks)) % CLOCK_S for at, clocks in window])
-    cpu = psutil.Process().cpu_times()
-    return {
-        "tokens_per_s": round(len(ages_s) / seconds),
-        "messages_per_s": round(len(window) / seconds),
-        "added_latency_ms": {
-            **{f"p{q}": round(float(np.percentile(ages_s, q)) * 1e3, 2) for q in (50, 90, 99)},
-            "max": round(float(ages_s.max()) * 1e3, 2),
-        },
-        "client_cores_used": round((cpu.user + cpu.system) / (_WARM_UP_S + seconds), 2),
-    }
-
-
-async def _read(client: Client, index: int, ends_at: float, receipts: list[tuple[float, tuple[float, ...]]]) -> None:
-    limits = Limits(max_tokens=_CONTEXT_TOKENS, ignore_eos=True)
-    async for chunk in client.stream([index % 256, 7], limits=limits, resumable=False):
-        now = time.monotonic()
-        receipts.append((now, chunk.logprobs))
-        if now >= ends_at:
-            return
 
 
 if __name__ == "__main__":

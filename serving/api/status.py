@@ -94,7 +94,7 @@ def from_call(call: FailedCall) -> PerennialError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         # gRPC itself answers so to a message over its limit, and then no retry helps
         return InvalidInput(message) if retry_after_s is None else QueueFull(message, retry_after_s=retry_after_s)
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # the latter: a server that shuts down
         return TransportError(message) if retry_after_s is None else Unavailable(message, retry_after_s=retry_after_s)
     return _ERRORS.get(code, PerennialError)(message)
 

@@ -146,3 +146,16 @@ async def test_a_gap_or_a_repeat_is_an_error_and_not_an_answer(shift: int) -> No
             await client.generate(PROMPT, limits=LONG)
     await source.stop()
     await api.stop()
+
+
+async def test_a_call_that_the_server_cancels_is_tried_again(service: Served) -> None:
+    """So a server that shuts down ends its streams; to the caller that must not look like a cancelled task."""
+
+    def cancelled_once() -> asyncio.CancelledError:
+        service.source.raises = None
+        return asyncio.CancelledError()
+
+    service.source.raises = cancelled_once
+    answer = await service.client.generate(PROMPT, limits=Limits(max_tokens=3))
+    assert answer.token_ids == expected(3)
+    assert service.source.raises is None

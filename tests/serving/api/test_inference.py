@@ -132,7 +132,7 @@ async def test_a_deadline_is_the_earlier_of_the_calls_and_the_requests(service: 
     assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     deadline_s = service.source.journal["late"].request.deadline_s
     assert deadline_s is not None
-    assert 0 < deadline_s <= 0.1
+    assert 0 < deadline_s < 0.2  # gRPC rounds up to its timer
 
 
 async def test_abort_ends_a_stream_with_its_partial_count(service: Served) -> None:

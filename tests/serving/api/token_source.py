@@ -65,7 +65,7 @@ class TokenSource:
 
     def __init__(self, journal: Journal | None = None, *, pace_s: float = 0.001, capacity: int = 64) -> None:
         self.journal: Journal = {} if journal is None else journal
-        self.raises: Callable[[], Exception] | None = None
+        self.raises: Callable[[], BaseException] | None = None
         self.notices: list[tuple[str, float, str]] = []
         self._pace_s, self._capacity = pace_s, capacity
         self._draining = False
