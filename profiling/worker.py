@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 
@@ -28,6 +29,7 @@ def measure_all(campaign: Campaign, rank: int) -> Iterator[Answer]:
     """Follow a campaign; on rank 0 what it yields is the result."""
     device = _device(campaign, rank)
     store = dist.FileStore(campaign.store, campaign.world)
+    _meet(campaign, store, rank)
     yield Progress("links", 0, 0)
     if campaign.world > 1 and rank < 2:
         yield from measure_pair(campaign, _group(campaign, store, "links", rank, 2, device), device)
@@ -52,6 +54,12 @@ def _device(campaign: Campaign, rank: int) -> torch.device:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _meet(campaign: Campaign, store: dist.Store, rank: int) -> None:
+    """Wait until all processes have started: those that still do would slow the others down."""
+    store.set(f"up{rank}", "")
+    store.wait([f"up{peer}" for peer in range(campaign.world)], timedelta(seconds=campaign.timeout_s))
 
 
 def _group(campaign: Campaign, store: dist.Store, name: str, rank: int, size: int, device: torch.device) -> Group:

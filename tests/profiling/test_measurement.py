@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import psutil
+import pyarrow.compute as pc
 import pytest
 
 from data.errors import InvalidInput, PerennialError
 from data.models import ModelSpec
 from data.profile import Profile
+from planning.costs import holdout_error
 from profiling.fingerprint import take_fingerprint
 from profiling.grid import Grid
 from profiling.measurement import measure
@@ -35,7 +38,7 @@ GRID = Grid(
     chunk_context=31,
     batches=(1, 4),
     contexts=(8, 48),
-    message_bytes=(1 << 10, 1 << 20),
+    message_bytes=(1 << 10, 1 << 23),
 )
 
 
@@ -70,7 +73,15 @@ def test_links_between_workers_and_from_disk_are_measured(profile: Profile) -> N
     times = {(row["kind"], row["bytes"]): row["time_ms"] for row in profile.links.to_pylist()}
     assert {kind for kind, _ in times} == {"local", "network", "disk"}
     assert all(time > 0 for time in times.values())
-    assert times["network", 1 << 20] > times["network", 1 << 10]
+    small, large = (min(times[kind, size] for kind in ("local", "network")) for size in GRID.message_bytes)
+    assert large > small
+
+
+def test_the_cost_model_predicts_points_that_it_has_not_seen(profile: Profile) -> None:
+    alone = replace(profile, steps=profile.steps.filter(pc.equal(profile.steps["shards"], 1)))
+    median, p90 = holdout_error(alone)
+    assert 0 < median <= p90
+    assert median < 0.5
 
 
 def test_a_profile_knows_its_machine_and_survives_a_file(profile: Profile, tmp_path: Path) -> None:
