@@ -44,29 +44,36 @@ class Shape:
     `cv` is the coefficient of variation of the Gamma arrival process; token numbers are ranges.
     """
 
-    requests: int = 60
+    requests: int = 64
     instances: int = 4
     least: int = 2
     most: int = 4
     notices: int = 3
     kills: int = 1
     additions: int = 3
-    start_s: float = 6.0
-    gap_s: tuple[float, float] = (5.0, 7.0)
+    start_s: float = 4.0
+    gap_s: tuple[float, float] = (4.0, 6.0)
     grace_s: tuple[float, float] = (1.5, 4.0)
-    cv: float = 1.5
+    cv: float = 1.3
     prompt_tokens: tuple[int, int] = (8, 48)
-    output_tokens: tuple[int, int] = (48, 160)
+    output_tokens: tuple[int, int] = (64, 224)
+    tail_s: float = 2.0  # requests go on arriving for this long after the last action
     vocab: int = 512
     reserved: int = 8  # token ids below this are special and do not appear in prompts
 
     @property
     def span_s(self) -> float:
-        """About how long the actions take."""
-        return self.start_s + sum(self.gap_s) / 2 * (self.notices + self.kills + self.additions)
+        """About how long requests arrive."""
+        gaps = self.notices + self.kills + self.additions - 1
+        return self.start_s + sum(self.gap_s) / 2 * gaps + self.tail_s
+
+    @property
+    def rate_rps(self) -> float:
+        """About how many requests arrive in a second."""
+        return self.requests / self.span_s
 
 
-SHORT = Shape(requests=24, gap_s=(3.5, 4.5), start_s=3.0, grace_s=(1.0, 2.5), output_tokens=(32, 96))
+SHORT = Shape(requests=40, gap_s=(3.0, 4.0), start_s=2.0, grace_s=(1.0, 2.5), output_tokens=(48, 160))
 GPU = Shape(
     requests=60, instances=2, least=1, most=2, notices=3, kills=1, additions=3, output_tokens=(128, 512), vocab=32000
 )
@@ -76,7 +83,7 @@ def scenario(seed: int, shape: Shape) -> Scenario:
     """The scenario of a seed. Pure: the same arguments give the same scenario."""
     source = random.Random(seed)
     actions = _actions(source, shape)
-    return Scenario(_arrivals(seed, source, shape, until_s=actions[-1].time_s if actions else shape.start_s), actions)
+    return Scenario(_arrivals(seed, source, shape, until_s=actions[-1].time_s + shape.tail_s), actions)
 
 
 def _order(source: random.Random, shape: Shape) -> list[ActionKind]:

@@ -26,7 +26,7 @@ def instance_lanes(recording: Recording) -> list[dict[str, Any]]:
     for lane in lanes.values():
         if not lane["end"]:
             lane["to"] = round(recording.duration_s, 3)
-    return list(lanes.values())
+    return sorted(lanes.values(), key=lambda lane: (lane["from"], lane["name"]))
 
 
 def _lane(name: str, event: EventRecord) -> dict[str, Any]:

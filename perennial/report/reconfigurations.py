@@ -50,7 +50,7 @@ class Recovery:
     """One loss without a completed plan for it, by four clocks, each in seconds from the loss.
 
     `detected_s` the controller knew, `restored_s` the next layout was in force, `served_s` the first
-    token after that reached a client, `stall_s` the longest silence that any stream saw meanwhile.
+    token after that reached a client that was waiting, `stall_s` the longest silence that any stream saw meanwhile.
     """
 
     lost_s: float
@@ -116,7 +116,8 @@ def recoveries(recording: Recording) -> list[Recovery]:
         fresh = [event.time_s for event in losses if event.time_s >= since]
         detected_s = min(fresh, default=change.started_s)
         lost_s = _cause(recording.actions, since, detected_s)
-        served = [time_s for stream in recording.streams for time_s in stream.times_s if time_s > change.in_force_s]
+        waiting = [stream for stream in recording.streams if stream.submitted_s <= change.in_force_s]
+        served = [time_s for stream in waiting for time_s in stream.times_s if time_s > change.in_force_s]
         result.append(
             Recovery(
                 lost_s=lost_s,
@@ -162,7 +163,7 @@ def _because(events: Iterable[EventRecord], previous: EventRecord | None, layout
     happened = [
         f"{event.data.get('instance', '')} {_CAUSES[event.kind]}".strip()
         for event in events
-        if event.kind in _CAUSES and since <= event.time_s <= layout.time_s
+        if event.kind in _CAUSES and since < event.time_s <= layout.time_s
     ]
     return ", ".join(dict.fromkeys(happened))
 

@@ -13,7 +13,7 @@ from perennial.report.reconfigurations import layouts, reconfigurations, recover
 
 DEFINITIONS = {
     "pauses_ms": "per planned reconfiguration: how long the affected replicas did not decode",
-    "recoveries_ms": "per recovery: from the loss to the first token delivered under the mended layout",
+    "recoveries_ms": "per recovery: from the loss to the first token of a waiting stream under the mended layout",
     "recovery_clocks_ms": "from the loss: known to the controller, layout in force, first token; and the longest stall",
     "stalls_ms": "per reconfiguration: the longest silence between two tokens of any one stream across it",
     "cost_model_error": "relative error of the fitted cost model on points held out of the fit",
@@ -69,7 +69,7 @@ def summary(recording: Recording) -> dict[str, Any]:
         "plan_sha256": recording.plan_sha256,
         "cost_model_error": {name: recording.cost_model_error.get(name) for name in ("median", "p90")},
         "pauses_ms": quantiles(planned, scale=1e3),
-        "recoveries_ms": quantiles([mend.served_s for mend in mends if mend.served_s is not None], scale=1e3),
+        "recoveries_ms": quantiles([mend.served_s or mend.restored_s for mend in mends], scale=1e3),
         "recovery_clocks_ms": {
             "detected": quantiles([mend.detected_s for mend in mends], scale=1e3),
             "restored": quantiles([mend.restored_s for mend in mends], scale=1e3),

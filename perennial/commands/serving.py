@@ -1,0 +1,103 @@
+"""`perennial serve` and `perennial agent`: the processes of the service."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; empty: the device's usual one.")]
+KvMemory = Annotated[int, typer.Option("--kv-memory-mb", min=1, help="Memory for KV on each device.")]
+Checkpoint = Annotated[Path, typer.Option(help="Folder of a Hugging Face checkpoint.")]
+InstanceType = Annotated[str, typer.Option("--type", help="Instance type, as the plan book names it.")]
+Devices = Annotated[int, typer.Option(min=1, help="Devices of each instance.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(serve)
+    app.command()(agent)
+
+
+def serve(
+    checkpoint: Checkpoint,
+    plan: Annotated[Path | None, typer.Option(help="Serve this plan book.")] = None,
+    registry: Annotated[str, typer.Option(help="MLflow URI; by default the registry of this home.")] = "",
+    model: Annotated[str, typer.Option(help="Registered plan whose champion is followed; may be left out.")] = "",
+    local: Annotated[int, typer.Option(min=0, help="Instances to run on this machine.")] = 0,
+    devices: Devices = 1,
+    type_name: InstanceType = "",
+    device: Device = "cpu",
+    dtype: Dtype = "",
+    kv_memory_mb: KvMemory = 64,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC; 0: a free one.")] = 50051,
+    control_port: Annotated[int, typer.Option(min=0, max=65535, help="For agents; 0: a free one.")] = 0,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Prometheus; 0: a free one.")] = 0,
+) -> None:
+    """Serve a checkpoint by a plan book; Ctrl-C drains, a second one stops at once."""
+    from perennial.serve import ServeOptions, run
+
+    sys.exit(
+        run(
+            ServeOptions(
+                checkpoint=checkpoint,
+                plan=plan,
+                registry=registry,
+                model=model,
+                local=local,
+                devices=devices,
+                type_name=type_name,
+                device=device,
+                dtype=dtype,
+                kv_memory_bytes=kv_memory_mb << 20,
+                host=host,
+                port=port,
+                control_port=control_port,
+                metrics_port=metrics_port,
+            )
+        )
+    )
+
+
+def agent(
+    controller: Annotated[str, typer.Option(help="host:port of the controller's control address.")],
+    checkpoint: Checkpoint,
+    type_name: InstanceType,
+    instance: Annotated[str, typer.Option(help="Name of this instance.")] = socket.gethostname(),
+    devices: Devices = 1,
+    device: Device = "cpu",
+    dtype: Dtype = "",
+    kv_memory_mb: KvMemory = 64,
+    token_file: Annotated[Path | None, typer.Option(help="Join token; by default the one of this home.")] = None,
+    notice_file: Annotated[str, typer.Option(help="A file whose appearance announces the end.")] = "",
+) -> None:
+    """Join this machine to a service as one instance. SIGTERM is a preemption notice."""
+    from data.errors import InvalidInput
+    from perennial.serve import engine_settings
+    from perennial.settings import load_settings
+    from serving import settings as serving_settings
+
+    settings = load_settings()
+    if not controller.rpartition(":")[2].isdigit():
+        raise InvalidInput(f"--controller takes host:port, not {controller!r}")
+    if not (checkpoint / "config.json").is_file():
+        raise InvalidInput(f"{checkpoint} is not a checkpoint: it has no config.json")
+    token = token_file.read_text(encoding="ascii").strip() if token_file else settings.join_token()
+    configuration = settings.serving(
+        checkpoint=str(checkpoint.absolute()),
+        token=token,
+        engine=engine_settings(device, dtype, kv_memory_mb << 20),
+    )
+    file = settings.service / f"agent-{instance}.json"
+    file.touch(0o600)
+    file.write_bytes(serving_settings.dump(configuration))
+    command = [sys.executable, "-m", "serving.agent", "--settings", str(file.absolute()), "--instance", instance]
+    command += ["--type", type_name, "--devices", str(devices), "--controller", controller]
+    # The agent takes the place of this process, so that its signals and its exit code are those of the command.
+    os.execv(sys.executable, [*command, "--notice-file", notice_file] if notice_file else command)

@@ -1,0 +1,110 @@
+"""What the demo runs: model, fleet, objective and scenario for each kind of device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.catalog import instance_type
+from data.cluster import ClusterSpec
+from perennial.scenario import GPU, SHORT, Shape
+from serving.settings import EngineSettings, Timeouts
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One kind of demo. `model` are the arguments of `create_checkpoint`; `tokens_per_request` is what
+    plans size KV for, `kv_memory_bytes` what each device may then use for it.
+    """
+
+    name: str
+    model: dict[str, Any]
+    type_name: str
+    instances: int
+    device_memory_bytes: int
+    kv_memory_bytes: int
+    tokens_per_request: int
+    shape: Shape
+    device: str
+    dtype: str
+    exact: bool
+    budget_s: float
+
+    @property
+    def cluster(self) -> ClusterSpec:
+        """The fleet that plans are made for; a device memory of 0 is the type's own."""
+        kind = instance_type(self.type_name)
+        if self.device_memory_bytes:
+            kind = replace(kind, memory_bytes=self.device_memory_bytes)
+        return ClusterSpec(f"{self.type_name}-{self.instances}", (kind,), (self.instances,))
+
+    @property
+    def engine(self) -> EngineSettings:
+        """How workers compute."""
+        return EngineSettings(device=self.device, dtype=self.dtype, kv_memory_bytes=self.kv_memory_bytes)
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """The defaults."""
+        return Timeouts()
+
+
+# Five layers of equal weight: a device of 10.4 MB holds neither the model nor three layers with an end of it, so
+# two devices must cut layers into shards, and three or four need not. The memory is a limit set for the demo.
+CPU = Setting(
+    name="demo-llama-5x256",
+    model={
+        "family": "llama",
+        "layers": 5,
+        "hidden": 256,
+        "heads": 8,
+        "kv_heads": 2,
+        "ffn": 512,
+        "vocab": 512,
+        "max_positions": 1024,
+    },
+    type_name="local-cpu",
+    instances=4,
+    device_memory_bytes=10_400_000,
+    kv_memory_bytes=1_640_000,
+    tokens_per_request=160,
+    shape=Shape(),
+    device="cpu",
+    dtype="float32",
+    exact=True,
+    budget_s=12.0,
+)
+
+CUDA = Setting(
+    name="demo-llama-16x2048",
+    model={
+        "family": "llama",
+        "layers": 16,
+        "hidden": 2048,
+        "heads": 32,
+        "kv_heads": 8,
+        "ffn": 8192,
+        "vocab": 32000,
+        "max_positions": 4096,
+        "dtype": "bfloat16",
+    },
+    type_name="local-cuda",
+    instances=2,
+    device_memory_bytes=0,
+    kv_memory_bytes=4 << 30,
+    tokens_per_request=512,
+    shape=GPU,
+    device="cuda",
+    dtype="bfloat16",
+    exact=False,
+    budget_s=30.0,
+)
+
+
+def setting(device: str, *, short: bool) -> Setting:
+    """The setting of a device kind; a short one has fewer requests and shorter pauses."""
+    chosen = CUDA if device == "cuda" else CPU
+    if not short:
+        return chosen
+    shape = SHORT if device == "cpu" else replace(GPU, requests=40, gap_s=(3.0, 4.0), output_tokens=(64, 256))
+    return replace(chosen, shape=shape, budget_s=min(chosen.budget_s, 8.0))
