@@ -14,7 +14,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from serving.api.status import to_status
-from serving.errors import InvalidInput, PerennialError
+from serving.errors import InvalidInput, PerennialError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,12 @@ def _mapped(behavior: Behavior, method: str) -> Behavior:
             return await behavior(request, context)
         except PerennialError as error:
             await context.abort_with_status(to_status(error))
-        except (grpc.aio.AbortError, asyncio.CancelledError):
+        except asyncio.CancelledError:
+            # without this a call whose work, not whose client, was cancelled would stay open without an answer
+            if _is_cancelled():
+                raise
+            await context.abort_with_status(to_status(Unavailable("The call was interrupted; try again.")))
+        except grpc.aio.AbortError:
             raise
         except Exception:
             logger.exception("%s failed", method)
@@ -74,3 +79,8 @@ def _mapped(behavior: Behavior, method: str) -> Behavior:
             await context.abort_with_status(rpc_status.to_status(status))
 
     return call
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
