@@ -35,6 +35,7 @@ async def _serve(configuration: settings.ServingSettings) -> None:
         controller, host=host, port=configuration.grpc_port, message_bytes=configuration.capacity.message_bytes
     )
     metrics = serve_metrics(controller.metrics.registry, host, configuration.metrics_port)
+    lifeline.settle()
     if configuration.ready_file:
         addresses = {"grpc": f"{host}:{grpc_port}", "control": f"{host}:{control_port}"}
         _announce(configuration.ready_file, {**addresses, "metrics": f"{host}:{metrics.port}", "pid": os.getpid()})
