@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -191,11 +192,12 @@ class Worker:
         with self._lock:
             if order.epoch not in self._prepared:
                 raise GroupBroken("the epoch was abandoned meanwhile")
-            prepared = self._prepared.pop(order.epoch)
-            if prepared.position is not None:
-                self._held = prepared.held
-                self._loop = self._step_loop(order.epoch, prepared.position, order.adoptions)
+            prepared = [self._prepared.pop(order.epoch)]
+            if (position := prepared[0].position) is not None:
+                self._held = prepared[0].held
+                self._loop = self._step_loop(order.epoch, position, order.adoptions)
                 self._loop.start()
+        _clear_aside(prepared)
         return m.Activated(order.epoch)
 
     def _step_loop(self, epoch: int, position: Position, adoptions: list[m.Adoption]) -> StepLoop:
@@ -232,13 +234,17 @@ class Worker:
         with self._lock:
             if self._loop is not None and self._loop.position.role.replica in replicas:
                 self._loop.discard()
+                retired = [self._loop]
                 self._loop = None
+                _clear_aside(retired)
 
     def _abandon(self, epoch: int) -> None:
         with self._lock:
             self._abandoned_through = max(self._abandoned_through, epoch)
-            for ready in [key for key in self._prepared if key <= epoch]:
-                self._prepared.pop(ready).group.abort()
+            void = [self._prepared.pop(ready) for ready in list(self._prepared) if ready <= epoch]
+        for group in [prepared.group for prepared in void]:
+            group.abort()
+        _clear_aside(void)
 
     def _forget_everything(self) -> None:
         """Without a controller nothing here is in force; the weights stay for the next one."""
@@ -246,6 +252,11 @@ class Worker:
             self._retire([self._loop.position.role.replica])
         self._abandon(max(self._prepared, default=-1))
         self._connection, self._abandoned_through = None, -1
+
+
+def _clear_aside(things: list[Any]) -> None:
+    """Destroy what only this list holds in a thread of its own: taking a NCCL group down takes a second."""
+    threading.Thread(target=things.clear, name="clear", daemon=True).start()
 
 
 def retained(held: dict[str, HeldTensor], needed: dict[str, HeldTensor]) -> dict[str, HeldTensor]:
