@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from perennial.feed import EventFeed
 from perennial.processes import ProcessGroup, gone, living, python_module
 from serving import settings as serving_settings
 from serving.api.client import Client
@@ -32,6 +33,7 @@ from serving.settings import ServingSettings
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_CALM_S = 0.3  # longer than the controller waits before it begins or retries a change
 _KILL_WAIT_S = 10.0
 
 
@@ -75,29 +77,38 @@ class Fleet:
         self.settings, self.home, self.instance_type = settings, Path(home).absolute(), instance_type
         self.devices_per_instance = devices_per_instance
         self.instances: dict[str, Instance] = {}
-        self.events: list[Event] = []
+        self._feed = EventFeed()
         self.controller: ProcessGroup | None = None
         self._groups: list[int] = []
         self._born = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Condition()
         self._client: Client | None = None
 
     # -- starting -------------------------------------------------------------------------------
 
     async def start(self, instances: int, *, timeout_s: float = 120.0) -> None:
-        """Start the controller and the instances, and wait until their layout is in force."""
+        """Start the controller and the instances, and wait until their layout is in force.
+
+        Without instances of its own, wait until the controller listens.
+        """
         self.home.mkdir(parents=True, exist_ok=True)
         self._settings_file.touch(0o600)
         self._settings_file.write_bytes(serving_settings.dump(self.settings))
         self._start_controller()
         self._client = self.client()
-        self._keep(self._collect_events())
+        self._keep(self._feed.collect(self._client))
         self.launch(instances)
-        await self.wait_serving(timeout_s=timeout_s)
+        if instances:
+            await self.wait_serving(timeout_s=timeout_s)
+        else:
+            await self._wait_ready(timeout_s)
+
+    def _withdraw(self) -> None:
+        """What the ready file says is not true any more."""
+        Path(self.settings.ready_file).unlink(missing_ok=True)
 
     def _start_controller(self) -> None:
-        Path(self.settings.ready_file).unlink(missing_ok=True)
+        self._withdraw()
         command = python_module("serving.controller", "--settings", str(self._settings_file), "--lifeline")
         self.controller = self._spawn("controller", command)
 
@@ -155,12 +166,14 @@ class Fleet:
 
     async def wait_serving(self, *, timeout_s: float = 60.0) -> ServerInfo:
         """Wait until every live instance has joined and their layout is in force, with no change under way."""
-        deadline = time.monotonic() + timeout_s
+        deadline, calm_since = time.monotonic() + timeout_s, time.monotonic()
         info: ServerInfo | None = None
         while time.monotonic() < deadline:
             self._check_started()
             info = await self.info()
-            if info is not None and info.state == "serving" and self._is_settled(info):
+            if info is None or not self._is_settled(info):
+                calm_since = time.monotonic()
+            elif time.monotonic() - calm_since >= _CALM_S:
                 return info
             await asyncio.sleep(_POLL_S)
         raise StartFailed(
@@ -168,23 +181,28 @@ class Fleet:
             f"see the logs in {self.home / 'logs'}"
         )
 
+    @property
+    def events(self) -> list[Event]:
+        """Every event so far, over all restarts of the controller."""
+        return self._feed.events
+
     async def wait_event(self, accept: Callable[[Event], bool], *, since: int = 0, timeout_s: float = 30.0) -> Event:
         """The first event from list position `since` on that `accept` likes. Raises `TimeoutError`."""
-        async with asyncio.timeout(timeout_s), self._changed:
-            while True:
-                for event in self.events[since:]:
-                    if accept(event):
-                        return event
-                since = len(self.events)
-                await self._changed.wait()
+        return await self._feed.wait(accept, since=since, timeout_s=timeout_s)
+
+    async def _wait_ready(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while await self.info() is None:
+            self._check_started()
+            if time.monotonic() > deadline:
+                raise StartFailed(f"the controller was not ready within {timeout_s:g} s; see {self.home / 'logs'}")
+            await asyncio.sleep(_POLL_S)
 
     def _is_settled(self, info: ServerInfo) -> bool:
         staying = {name for name, item in self.instances.items() if not item.leaving and not item.suspended}
         ready = {item.instance for item in info.instances if item.state == "ready"}
         known = {item.instance for item in info.instances if item.state in ("ready", "joining", "leaving")}
-        started = max((event.data.get("epoch", 0) for event in self.events if _starts(event)), default=0)
-        in_force = max((event.data.get("epoch", 0) for event in self.events if event.kind == "layout"), default=0)
-        return ready == staying and known == staying and in_force == info.epoch and started <= info.epoch
+        return info.state == "serving" and ready == known == staying and self._feed.settled
 
     def _check_started(self) -> None:
         if self.controller is not None and self.controller.returncode not in (None, -signal.SIGKILL):
@@ -192,23 +210,6 @@ class Fleet:
         for name, instance in self.instances.items():
             if instance.group.returncode not in (None, 0, -signal.SIGKILL):
                 raise StartFailed(_ended(f"instance {name}", instance.group))
-
-    async def _collect_events(self) -> None:
-        """Gather events over every restart of the controller; each is kept once."""
-        seen: set[tuple[int, float]] = set()
-        client = self._own_client
-        while True:
-            with contextlib.suppress(Retryable, TransportError):
-                async for event in client.watch_events():
-                    if (event.sequence, event.time_s) not in seen:
-                        seen.add((event.sequence, event.time_s))
-                        await self._note(event)
-            await asyncio.sleep(0.1)
-
-    async def _note(self, event: Event) -> None:
-        async with self._changed:
-            self.events.append(event)
-            self._changed.notify_all()
 
     @property
     def _own_client(self) -> Client:
@@ -303,8 +304,8 @@ class Fleet:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         await gone(self._groups, _KILL_WAIT_S)
-        for item in self.instances.values():
-            item.group.returncode  # noqa: B018  reaps it
+        await self.reap()
+        self._withdraw()
         if self._client is not None:
             await self._client.close()
         return names
@@ -331,10 +332,6 @@ def with_ports(settings: ServingSettings) -> ServingSettings:
 def read_ready(path: str | os.PathLike[str]) -> dict[str, str]:
     """The addresses that a controller wrote: `grpc`, `control`, `metrics`."""
     return {name: str(value) for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items()}
-
-
-def _starts(event: Event) -> bool:
-    return event.kind == "reconfiguration_started"
 
 
 def _joined(instance: str) -> Callable[[Event], bool]:

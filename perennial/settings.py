@@ -125,7 +125,7 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"PERENNIAL_{'_'.join(str(part) for part in first['loc'])}".upper()
+        name = f"PERENNIAL_{first['loc'][0]}".upper()
         raise InvalidInput(f"{name} is not valid: {first['msg']}; unset it or correct it") from error
     except ValueError as error:
         raise InvalidInput(f"a PERENNIAL_ variable is not valid: {error}; unset it or correct it") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from itertools import zip_longest
 from typing import Any
 
 from perennial.recording import Recording
@@ -71,7 +72,7 @@ def _layout_blocks(recording: Recording) -> list[dict[str, Any]]:
     marks = [event for event in recording.events if event.kind in ("layout", "no_capacity")]
     marks.sort(key=lambda event: event.time_s)
     blocks = []
-    for event, after in zip(marks, [*marks[1:], None], strict=True):
+    for event, after in zip_longest(marks, marks[1:]):
         if event.kind == "layout":
             blocks.append(
                 {

@@ -1,0 +1,104 @@
+import asyncio
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from perennial.processes import ProcessGroup, gone, living
+from perennial.scenario import Shape, scenario
+from perennial.testing import Leftovers, StartFailed, collect, compare, fleet, given_plans, reference_streams
+from serving.engine.checkpoint import create_checkpoint
+from serving.engine.weights import read_spec
+from serving.requests import GenerationRequest, Limits, Sampling
+
+SHAPE = Shape(requests=6, prompt_tokens=(4, 40), output_tokens=(150, 200))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    create_checkpoint(str(path), family="llama", layers=4, hidden=64, heads=8, kv_heads=4, ffn=128)
+    return str(path)
+
+
+async def test_streams_survive_notice_kill_addition_and_a_new_controller(checkpoint: str) -> None:
+    requests = [arrival.request for arrival in scenario(5, SHAPE).arrivals]
+    reference = reference_streams(checkpoint, requests)
+    async with fleet(checkpoint, instances=3) as service:
+        async with service.client() as client:
+            streams = [asyncio.create_task(collect(client, request)) for request in requests]
+            await asyncio.sleep(0.3)
+            await service.notice("i0", 2.0)
+            await service.wait_event(lambda event: event.kind == "instance_dismissed")
+            await service.kill("i1")
+            await service.wait_event(lambda event: event.kind == "instance_lost")
+            await service.kill_controller()
+            await service.restart_controller()
+            await service.add(1)
+            async with asyncio.timeout(90):
+                delivered = await asyncio.gather(*streams)
+        info = await service.wait_serving()
+        kinds = {event.kind for event in service.events}
+    assert all(not compare(reference[one.request_id], got) for one, got in zip(requests, delivered, strict=True))
+    assert sorted(item.instance for item in info.instances) == ["i2", "i3"]
+    assert kinds >= {"notice", "instance_dismissed", "instance_lost", "controller_started", "layout"}
+    assert not service.alive()
+
+
+async def test_a_fleet_that_cannot_start_says_why(checkpoint: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text("{")
+    with pytest.raises(StartFailed, match="not JSON"):
+        async with fleet(checkpoint, instances=1, plan=plan, start_timeout_s=30.0):
+            pass
+
+
+async def test_reference_streams_are_the_same_alone_and_together(checkpoint: str) -> None:
+    requests = [
+        GenerationRequest(
+            request_id=f"r{index}",
+            prompt=tuple(range(10, 20 + 7 * index)),
+            sampling=Sampling(temperature=0.8 * (index % 2), seed=index),
+            limits=Limits(max_tokens=12, ignore_eos=True),
+        )
+        for index in range(5)
+    ]
+    counted: list[int] = []
+    together = reference_streams(checkpoint, requests, progress=counted.append)
+    assert counted[-1] == 5
+    assert all(len(tokens) == 12 for tokens in together.values())
+    alone = [reference_streams(checkpoint, [request])[request.request_id] for request in requests]
+    assert alone == list(together.values())
+
+
+def test_given_plans_say_what_they_were_told(checkpoint: str) -> None:
+    book = given_plans(read_spec(checkpoint), {1: "1x1x1", 3: "1x3x1"})
+    chosen = {plan.state.instances: str(plan.config) for plan in book.plans}
+    assert chosen == {0: "None", 1: "D1·P1·T1·B8", 2: "None", 3: "D1·P3·T1·B8"}
+
+
+async def test_what_ignores_its_lifeline_is_found_and_killed(tmp_path: Path) -> None:
+    script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    group = ProcessGroup("stubborn", [sys.executable, "-c", script], tmp_path / "log")
+    assert await group.wait(20.0) == 0
+    (orphan,) = await gone([group.pid], 0.2)
+    assert [process.pid for process in living([group.pid])] == [orphan.pid]
+    orphan.kill()
+    assert await gone([group.pid], 10.0) == []
+
+
+async def test_leftovers_are_an_error(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = given_plans(read_spec(checkpoint), {1: "1x1x1"})
+    sleeper: list[ProcessGroup] = []
+
+    async def leave_something_behind() -> None:
+        async with fleet(checkpoint, instances=1, plan=book) as service:
+            command = [sys.executable, "-c", "import time; time.sleep(60)"]
+            sleeper.append(ProcessGroup("sleeper", command, service.home / "log"))
+            service._groups.append(sleeper[0].pid)
+            monkeypatch.setattr(service, "close", partial(service.close, grace_s=1.0))
+
+    with pytest.raises(Leftovers, match="outlived the fleet"):
+        await leave_something_behind()
+    assert await sleeper[0].wait(5.0) is not None
