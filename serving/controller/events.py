@@ -30,7 +30,12 @@ class EventLog:
         self._changed = asyncio.Event()
 
     async def follow(self, since: int) -> AsyncGenerator[Event, None]:
-        """Kept events after `since`, then new ones for ever."""
+        """Kept events after `since`, then new ones for ever.
+
+        Numbers start again with the controller: a reader who is ahead has read another one's log.
+        """
+        if since >= self._next:
+            since = 0
         while True:
             changed = self._changed
             for event in [event for event in self._events if event.sequence > since]:

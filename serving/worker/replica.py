@@ -282,7 +282,8 @@ class Leader(StepLoop):
         quiet = not drawn and (self._in_flight or not self._relieved)
         if quiet or self._stopped.is_set():
             return
-        self._relieved = False
+        # What ends while it is under way is freed after its step, which then has nothing else to say.
+        self._relieved = bool(self._in_flight) and (self._relieved or any(one.token is None for one in drawn))
         while not self._window.acquire(timeout=0.5):
             if self._stopped.is_set():
                 return
