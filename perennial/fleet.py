@@ -277,7 +277,7 @@ class Fleet:
         """Forget instances that have ended by themselves (dismissed); returns their names."""
         ended = [name for name, item in self.instances.items() if not item.group.alive]
         for name in ended:
-            self.instances.pop(name)
+            self.instances.pop(name).group.cut_lifeline()
         return ended
 
     # -- the end --------------------------------------------------------------------------------
@@ -305,6 +305,8 @@ class Fleet:
                 os.killpg(pid, signal.SIGKILL)
         await gone(self._groups, _KILL_WAIT_S)
         await self.reap()
+        if self.controller is not None:
+            await self.controller.wait(_KILL_WAIT_S)
         self._withdraw()
         if self._client is not None:
             await self._client.close()

@@ -64,7 +64,7 @@ def request_pool(count: int) -> list[GenerationRequest]:
             request_id=f"p{index}",
             prompt=tuple(source.randrange(8, 512) for _ in range(source.choice((3, 20, 90, 300, 600)))),
             sampling=random_sampling(source),
-            limits=Limits(max_tokens=source.choice((20, 120, 250, 400)), ignore_eos=source.random() < 0.8),
+            limits=Limits(max_tokens=source.choice((20, 80, 160, 260)), ignore_eos=source.random() < 0.8),
             resumable=True,
         )
         for index in range(count)

@@ -67,8 +67,8 @@ def script(seed: int, *, pool: int) -> Script:
 
 
 def _requests(source: random.Random, pool: int) -> tuple[tuple[float, int, int | None], ...]:
-    chosen = source.sample(range(pool), source.randint(10, 16))
-    arrivals = sorted(round(source.uniform(0.0, 5.0), 3) for _ in chosen)
+    chosen = source.sample(range(pool), source.randint(9, 14))
+    arrivals = sorted(round(source.uniform(0.0, 6.0), 3) for _ in chosen)
     return tuple(
         (at_s, index, source.randint(1, 60) if source.random() < 0.15 else None)
         for at_s, index in zip(arrivals, chosen, strict=True)

@@ -85,6 +85,7 @@ async def test_what_ignores_its_lifeline_is_found_and_killed(tmp_path: Path) -> 
     (orphan,) = await gone([group.pid], 0.2)
     assert [process.pid for process in living([group.pid])] == [orphan.pid]
     orphan.kill()
+    group.cut_lifeline()
     assert await gone([group.pid], 10.0) == []
 
 
@@ -102,3 +103,4 @@ async def test_leftovers_are_an_error(checkpoint: str, monkeypatch: pytest.Monke
     with pytest.raises(Leftovers, match="outlived the fleet"):
         await leave_something_behind()
     assert await sleeper[0].wait(5.0) is not None
+    sleeper[0].cut_lifeline()
