@@ -1,0 +1,343 @@
+"""The real fleet logic against peers that speak the workers' protocol, and fail where they are told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from data.layout import Device
+from data.models import ModelSpec
+from planning.resharding import Box
+from serving import messages as m
+from serving.controller.events import EventLog
+from serving.controller.fleet import Fleet
+from serving.controller.journal import Journal
+from serving.controller.ledger import Ledger
+from serving.controller.records import Record
+from serving.requests import GenerationRequest
+from serving.settings import ServingSettings, Timeouts
+from serving.telemetry import Metrics
+from serving.transport import Connection, join
+from tests.serving.live import plan_book
+
+Answer = Callable[["Peer", m.Downward], bool]  # whether it dealt with the order
+
+
+class Peer:
+    """An instance with one device: answers every order as a worker would, unless `answer` does."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.heard: list[m.Downward] = []
+        self.answer: Answer = lambda peer, order: False
+        self.agent: Connection[m.Downward]
+        self.worker: Connection[m.Downward]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def join(self, port: int) -> None:
+        hellos = (m.AgentHello("t", self.name, "local-cpu", 1, 1), m.WorkerHello("t", self.name, 0, 2))
+        self.agent, self.worker = [
+            await join(f"127.0.0.1:{port}", hello, frame_bytes=1 << 20, timeout_s=2.0, silence_s=9.0)
+            for hello in hellos
+        ]
+        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._beat())]
+
+    async def _beat(self) -> None:
+        while True:
+            for connection in (self.agent, self.worker):
+                connection.send(m.Heartbeat())
+            await asyncio.sleep(0.2)
+
+    async def _work(self) -> None:
+        async for order in self.worker:
+            self.heard.append(order)
+            if not self.answer(self, order):
+                self.obey(order)
+
+    def obey(self, order: m.Downward) -> None:
+        match order:
+            case m.Prepare(epoch=epoch):
+                self.worker.send(m.Prepared(epoch, 0, 0, 0))
+            case m.Pause(replica=replica):
+                self.worker.send(m.Paused(replica, []))
+            case m.Move(epoch=epoch):
+                self.worker.send(m.Moved(epoch, 0))
+            case m.Activate(epoch=epoch):
+                self.worker.send(m.Activated(epoch))
+
+    def all_heard(self, kind: type[m.Message]) -> list[m.Downward]:
+        return [order for order in self.heard if isinstance(order, kind)]
+
+    def leave(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for connection in (self.agent, self.worker):
+            connection.abort()
+
+
+class Scene:
+    """A fleet whose every state has a plan: one replica over all instances, as shards or, at two, as stages."""
+
+    def __init__(self, fleet: Fleet, port: int, ledger: Ledger, events: EventLog) -> None:
+        self.fleet, self.port, self.ledger, self.events = fleet, port, ledger, events
+        self.peers: dict[str, Peer] = {}
+
+    async def add(self, *names: str, answer: Answer | None = None) -> None:
+        for name in names:
+            peer = self.peers[name] = Peer(name)
+            if answer is not None:
+                peer.answer = answer
+            await peer.join(self.port)
+
+    async def until(self, condition: Callable[[], bool], within_s: float = 5.0) -> None:
+        async with asyncio.timeout(within_s):
+            while not condition():  # noqa: ASYNC110 - anything may be waited for
+                await asyncio.sleep(0.005)
+
+    async def layout(self, *names: str) -> None:
+        """Wait until one replica over exactly these instances is in force."""
+        await self.until(lambda: {device.instance for device in self.devices()} == set(names))
+
+    def devices(self) -> list[Device]:
+        return [device for one in self.fleet.dispatcher.replicas.values() for device in one.devices]
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events._events]
+
+    async def request(self, name: str = "r") -> Record:
+        record = await self.ledger.admit(GenerationRequest(request_id=name, prompt=(1, 2, 3)))
+        self.fleet.dispatcher.enqueue(record)
+        self.fleet.dispatch()
+        return record
+
+
+@asynccontextmanager
+async def opened(
+    path: Path, spec: ModelSpec, tokenizer: Tokenizer, *, expected: int, pause_s: float = 5.0
+) -> AsyncIterator[Scene]:
+    timeouts = Timeouts(gather_s=3.0, settle_s=0.01, retry_s=0.01, pause_s=pause_s, switch_s=5.0, prepare_s=5.0)
+    settings = ServingSettings(checkpoint="", journal="", token="t", timeouts=timeouts, expected_instances=expected)
+    book = plan_book(spec, {1: (1, 1, 1), 2: (1, 2, 1)})
+    journal, events = Journal(str(path / "journal")), EventLog()
+    ledger = Ledger(journal, tokenizer, finished_kept=10)
+    fleet = Fleet(settings, spec, book, journal=journal, ledger=ledger, events=events, metrics=Metrics())
+    scene = Scene(fleet, await fleet.start(), ledger, events)
+    try:
+        yield scene
+    finally:
+        for peer in scene.peers.values():
+            peer.leave()
+        await fleet.stop()
+        ledger.stop()
+        await asyncio.sleep(0.02)
+        journal.close()
+
+
+def inside(box: Box, held: list[Box]) -> bool:
+    return any(one.overlap(box) == box for one in held)
+
+
+def once(kind: type[m.Message], act: Callable[[Peer, m.Downward], None]) -> Answer:
+    """Act otherwise on the first order of a kind."""
+    done: list[m.Downward] = []
+
+    def answer(peer: Peer, order: m.Downward) -> bool:
+        if not isinstance(order, kind) or done:
+            return False
+        done.append(order)
+        act(peer, order)
+        return True
+
+    return answer
+
+
+def fail(peer: Peer, order: m.Downward) -> None:
+    peer.worker.send(m.Failed(getattr(order, "epoch", -1), -1, "phase", "it was told to"))
+
+
+@pytest.mark.parametrize("kind", [m.Prepare, m.Activate])
+async def test_a_failed_phase_is_tried_again(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer, kind: type[m.Message]
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a", answer=once(kind, fail))
+        await scene.add("b")
+        await scene.layout("a", "b")
+        assert scene.kinds().count("reconfiguration_failed") == 1
+        first, *_ = scene.peers["b"].all_heard(m.Prepare)
+        assert isinstance(first, m.Prepare)
+        assert m.Abandon(first.epoch) in scene.peers["b"].heard
+        assert not scene.fleet._stores.keys() - {scene.fleet.epoch}
+
+
+async def test_after_a_failed_activation_nobody_is_asked_for_what_it_may_have_let_go(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    """Each of the two gives half of the model up when it activates; one of them did."""
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        (whole,) = scene.peers["a"].all_heard(m.Prepare)
+        assert isinstance(whole, m.Prepare)
+        scene.peers["a"].heard.clear()
+        await scene.add("b", answer=once(m.Activate, fail))
+        await scene.layout("a", "b")
+        first, second = scene.peers["a"].all_heard(m.Prepare)[:2]
+        assert isinstance(first, m.Prepare)
+        assert isinstance(second, m.Prepare)
+        kept = [box for box in whole.needed if box in first.needed]  # held before and after
+        assert 0 < len(kept) < len(whole.needed)
+        for pieces in second.sends:
+            assert all(inside(box, kept) for box in pieces.boxes)
+
+
+async def test_a_loss_in_the_moment_between_two_phases_counts(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    """The last answer of a phase and the end of a worker may be read in one go."""
+
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a", "b")
+        await scene.layout("a", "b")
+        attempts = scene.kinds().count("reconfiguration_started")
+
+        def answer_and_go(peer: Peer, order: m.Downward) -> None:
+            fleet = scene.fleet
+            assert isinstance(order, m.Prepare)
+            assert fleet._current is not None
+            for device in fleet._current.world:
+                fleet._current.heard(device, m.Prepared(order.epoch, 0, 0, 0))
+            fleet.worker_lost(Device("b", 0), "in this very moment")
+
+        scene.peers["a"].answer = once(m.Prepare, answer_and_go)
+        started = asyncio.get_running_loop().time()
+        assert scene.fleet.membership.notice("b", 30.0, "api")
+        await scene.layout("a")
+        assert asyncio.get_running_loop().time() - started < 2.0  # nobody waited for an answer that cannot come
+        assert scene.kinds().count("reconfiguration_started") == attempts + 2
+
+
+async def test_a_notice_voids_a_preparation_that_counts_on_the_instance(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a")
+        await scene.add("b", answer=lambda peer, order: isinstance(order, m.Prepare))  # never ready
+        await scene.until(lambda: bool(scene.peers["b"].all_heard(m.Prepare)))
+        assert scene.fleet.membership.notice("b", 30.0, "api")
+        await scene.layout("a")
+
+
+async def test_requests_of_a_paused_replica_are_replayed_when_the_switch_fails(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        record = await scene.request()
+        old = record.replica
+        assert old is not None
+        await scene.add("b", answer=once(m.Activate, fail))
+        await scene.layout("a", "b")
+        await scene.until(lambda: record.replica in scene.fleet.dispatcher.replicas)
+        leader = scene.peers[scene.fleet.dispatcher.replicas[record.replica or 0].leader.instance]
+        await scene.until(lambda: leader.all_heard(m.Submit)[-1].replica == record.replica)  # type: ignore[union-attr]
+        assert record.recoveries == 1
+        assert any(old in order.replicas for order in scene.peers["a"].all_heard(m.Retire))  # type: ignore[union-attr]
+
+
+async def test_a_request_may_end_while_its_cache_moves(tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        gone, stays = await scene.request("gone"), await scene.request("stays")
+        residents = [m.Resident(gone.key, 3, [0]), m.Resident(stays.key, 3, [1])]
+
+        def paused(peer: Peer, order: m.Downward) -> None:
+            assert isinstance(order, m.Pause)
+            peer.worker.send(m.Paused(order.replica, residents))
+
+        def moving(peer: Peer, order: m.Downward) -> bool:
+            if isinstance(order, m.Move):
+                scene.fleet.end(gone, "abort")
+            return False
+
+        scene.peers["a"].answer = once(m.Pause, paused)
+        await scene.add("b", answer=moving)
+        await scene.layout("a", "b")
+        assert "reconfiguration_failed" not in scene.kinds()
+        (replica,) = scene.fleet.dispatcher.replicas.values()
+        assert list(replica.records) == [stays.key]
+        leader = scene.peers[replica.leader.instance]
+        activate = leader.all_heard(m.Activate)[-1]
+        assert isinstance(activate, m.Activate)
+        assert [one.assignment.key for one in activate.adoptions] == [gone.key, stays.key]
+        await scene.until(lambda: m.Cancel(replica.number, [gone.key]) in leader.heard)
+
+
+async def test_a_leader_that_never_pauses_costs_the_timeout(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1, pause_s=0.2) as scene:
+        await scene.add("a", answer=once(m.Pause, lambda peer, order: None))
+        await scene.layout("a")
+        record = await scene.request()
+        await scene.add("b")
+        await scene.layout("a", "b")
+        assert scene.kinds().count("reconfiguration_failed") == 1
+        assert record.replica in scene.fleet.dispatcher.replicas
+
+
+async def test_words_of_old_replicas_and_epochs_are_void(tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        record = await scene.request()
+        old = record.replica
+        assert old is not None
+        await scene.add("b")
+        await scene.layout("a", "b")
+        peer = scene.peers["a"]
+        peer.worker.send(m.Tokens(old, [m.Emission(record.key, 0, 9)], 1, 0, 0.0))
+        peer.worker.send(m.Failed(scene.fleet.epoch - 1, old, "step", "late"))
+        peer.worker.send(m.Activated(scene.fleet.epoch - 1))
+        new = record.replica
+        assert new is not None
+        peer.worker.send(m.Tokens(new, [m.Emission(record.key, 0, 5), m.Emission(999, 0, 5)], 1, 0, 0.0))
+        await scene.until(lambda: record.committed == 1)
+        assert record.output == [5]
+        assert record.replica == new
+
+
+async def test_a_token_out_of_turn_breaks_the_replica_and_loses_nothing(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        record = await scene.request()
+        old = record.replica
+        assert old is not None
+        scene.peers["a"].worker.send(m.Tokens(old, [m.Emission(record.key, 3, 9)], 1, 0, 0.0))
+        await scene.until(lambda: record.replica not in (None, old))
+        assert record.output == []
+        assert "replica_failed" in scene.kinds()
+
+
+async def test_epochs_and_replica_numbers_go_on_after_a_restart(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    seen: list[tuple[int, int]] = []
+    for _ in range(2):
+        async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+            await scene.add("a")
+            await scene.layout("a")
+            (replica,) = scene.fleet.dispatcher.replicas.values()
+            seen.append((replica.epoch, replica.number))
+    assert seen[1][0] > seen[0][0]
+    assert seen[1][1] > seen[0][1]
