@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.synthesis import Uniform, synthetic_workload
 from data.workload import Request
@@ -75,8 +75,9 @@ class Shape:
 
 SHORT = Shape(requests=40, gap_s=(3.0, 4.0), start_s=2.0, grace_s=(1.0, 2.5), output_tokens=(48, 160))
 GPU = Shape(
-    requests=60, instances=2, least=1, most=2, notices=3, kills=1, additions=3, output_tokens=(128, 512), vocab=32000
+    requests=30, instances=2, least=1, most=2, notices=3, kills=1, additions=3, output_tokens=(64, 256), vocab=8192
 )
+SHORT_GPU = replace(GPU, requests=20, gap_s=(3.0, 4.0), output_tokens=(48, 160))
 
 
 def scenario(seed: int, shape: Shape) -> Scenario:

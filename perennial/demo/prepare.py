@@ -54,6 +54,7 @@ def planned(setting: Setting, settings: Settings, path: Path, report: Report) ->
         home=home,
         device=setting.device,
         dtype=setting.dtype,
+        numerics=setting.numerics,
         budget_s=setting.budget_s,
         max_shards=setting.instances,
     )

@@ -42,6 +42,7 @@ class DemoOptions:
     seed: int
     short: bool
     device: str
+    exact: bool
     plan: Path | None
     json: Path | None
     report: Path | None
@@ -52,7 +53,7 @@ def run(options: DemoOptions) -> int:
     if options.device not in ("cpu", "cuda"):
         raise InvalidInput(f"--device takes cpu or cuda, not {options.device!r}")
     console, settings = Console(), load_settings()
-    chosen = setting(options.device, short=options.short)
+    chosen = setting(options.device, exact=options.exact, short=options.short)
     _check_devices(chosen)
     began = time.monotonic()
     prepared = _prepare(console, chosen, settings, options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.catalog import instance_type
 from data.cluster import ClusterSpec
-from perennial.scenario import GPU, SHORT, Shape
+from perennial.scenario import GPU, SHORT, SHORT_GPU, Shape
 from serving.settings import EngineSettings, Timeouts
 
 
@@ -27,7 +27,7 @@ class Setting:
     shape: Shape
     device: str
     dtype: str
-    exact: bool
+    numerics: str
     budget_s: float
 
     @property
@@ -39,7 +39,14 @@ class Setting:
     @property
     def engine(self) -> EngineSettings:
         """How workers compute."""
-        return EngineSettings(device=self.device, dtype=self.dtype, kv_memory_bytes=self.kv_memory_bytes)
+        return EngineSettings(
+            device=self.device, dtype=self.dtype, numerics=self.numerics, kv_memory_bytes=self.kv_memory_bytes
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether tokens may not depend on the layout: then every stream must be the undisturbed one."""
+        return self.numerics == "exact"
 
     @property
     def timeouts(self) -> Timeouts:
@@ -69,7 +76,7 @@ CPU = Setting(
     shape=Shape(),
     device="cpu",
     dtype="float32",
-    exact=True,
+    numerics="exact",
     budget_s=12.0,
 )
 
@@ -84,7 +91,7 @@ CUDA = Setting(
         "heads": 32,
         "kv_heads": 8,
         "ffn": 8192,
-        "vocab": 32000,
+        "vocab": 8192,
         "max_positions": 4096,
         "dtype": "bfloat16",
     },
@@ -96,15 +103,27 @@ CUDA = Setting(
     shape=GPU,
     device="cuda",
     dtype="bfloat16",
-    exact=False,
-    budget_s=30.0,
+    numerics="native",
+    budget_s=15.0,
+)
+
+CUDA_EXACT = replace(
+    CUDA,
+    name="demo-llama-8x1024-exact",
+    model={**CUDA.model, "layers": 8, "hidden": 1024, "heads": 16, "kv_heads": 4, "ffn": 4096, "dtype": "float32"},
+    device_memory_bytes=598_000_000,
+    kv_memory_bytes=44_000_000,
+    dtype="float32",
+    numerics="exact",
 )
 
 
-def setting(device: str, *, short: bool) -> Setting:
-    """The setting of a device kind; a short one has fewer requests and shorter pauses."""
-    chosen = CUDA if device == "cuda" else CPU
+def setting(device: str, *, exact: bool, short: bool) -> Setting:
+    """The setting of a device kind; a short one has fewer requests and shorter pauses. The CPU's is always exact."""
+    if device == "cpu":
+        chosen, brief = CPU, SHORT
+    else:
+        chosen, brief = (CUDA_EXACT if exact else CUDA), SHORT_GPU
     if not short:
         return chosen
-    shape = SHORT if device == "cpu" else replace(GPU, requests=40, gap_s=(3.0, 4.0), output_tokens=(64, 256))
-    return replace(chosen, shape=shape, budget_s=min(chosen.budget_s, 8.0))
+    return replace(chosen, shape=brief, budget_s=min(chosen.budget_s, 8.0))
