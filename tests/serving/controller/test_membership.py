@@ -74,6 +74,15 @@ class Fleet:
     async def heard(self, *event: object) -> None:
         await self.until(lambda: event in self.log.said)
 
+    async def heard_notice(self, source: str, deadline_s: float) -> None:
+        """A notice from this source, of about so many seconds."""
+        await self.until(
+            lambda: any(
+                entry[0] == "noticed" and entry[3] == source and abs(float(str(entry[2])) - deadline_s) < 2.0
+                for entry in self.log.said
+            )
+        )
+
 
 @asynccontextmanager
 async def opened(timeouts: Timeouts = TIMEOUTS) -> AsyncIterator[Fleet]:
