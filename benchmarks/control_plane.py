@@ -21,11 +21,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.fingerprint import this_machine
 from data.cluster import ClusterSpec, ClusterState, InstanceType
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Estimate, Objective, Plan, PlanBook
+from profiling.fingerprint import this_machine
 from serving import settings
 from serving.api.client import Client
 from serving.engine.checkpoint import create_checkpoint

@@ -58,8 +58,7 @@ class PlanPoint(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Recording(msgspec.Struct, kw_only=True):
-    """A whole run. `facts` are label → text pairs for the reader; `error_samples` are relative errors
-    of the cost model on points that its fit has not seen."""
+    """A whole run. `facts` are label → text pairs for the reader."""
 
     title: str
     seed: int
@@ -73,6 +72,7 @@ class Recording(msgspec.Struct, kw_only=True):
     plan_sha256: str = ""
     cost_model_error: dict[str, float] = {}
     facts: dict[str, str] = {}
+    machine: dict[str, Any] = {}  # its fingerprint
     leftovers: list[str] = []  # processes that outlived the run
 
 

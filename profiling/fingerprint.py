@@ -27,16 +27,20 @@ def device_count(device: str) -> int:
 
 def take_fingerprint(*, device: str, dtype: str, numerics: str, threads: int) -> Fingerprint:
     """The fingerprint of this machine for measurements made with these engine settings."""
+    return this_machine(device, dtype=dtype, numerics=numerics, threads=str(threads), numpy=version("numpy"))
+
+
+def this_machine(device: str = "cpu", **extra: str) -> Fingerprint:
+    """The fingerprint of this machine for a result on `device`; `extra` says what else it depends on."""
     count = device_count(device)
     cuda = device == "cuda"
-    extra = {"dtype": dtype, "numerics": numerics, "threads": str(threads), "numpy": version("numpy")}
     if cuda:
         extra |= {"cuda": str(torch.version.cuda), "nccl": ".".join(str(part) for part in torch.cuda.nccl.version())}
     return Fingerprint.of(
         device=torch.cuda.get_device_name(0) if cuda else "cpu",
         devices=count,
         cpu=_cpu_name(),
-        cores=os.cpu_count() or 1,
+        cores=len(os.sched_getaffinity(0)),
         memory_bytes=_memory_bytes(cuda=cuda),
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),

@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from rich.table import Table
 
 from benchmarks.chaos.play import MODEL, Outcome, play, record, request_pool
 from benchmarks.chaos.script import script
-from benchmarks.fingerprint import this_machine
 from perennial.reference import reference_streams
+from profiling.fingerprint import this_machine
 from serving.engine.checkpoint import create_checkpoint
 
 _POOL = 48
@@ -39,7 +38,7 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="perennial-chaos-") as folder:
         outcomes, records = asyncio.run(_play_all(arguments.first, arguments.seeds, Path(folder), arguments.out))
-    result = {"machine": asdict(this_machine()), "totals": _totals(outcomes), "runs": records}
+    result = {"machine": this_machine().to_json(), "totals": _totals(outcomes), "runs": records}
     (arguments.out / "chaos.json").write_text(json.dumps(result, indent=1) + "\n")
     console = Console()
     console.print(_totals(outcomes))

@@ -31,6 +31,7 @@ from perennial.report.summary import failures
 from perennial.scenario import Scenario, scenario
 from perennial.settings import Settings, load_settings
 from profiling.campaign import Progress as Step
+from profiling.fingerprint import this_machine
 
 _START_S = 120.0
 
@@ -136,6 +137,7 @@ async def _serve(
         plan_sha256=info.plan_sha256 if info else "",
         cost_model_error=prepared.error,
         facts=_facts(chosen, prepared),
+        machine=this_machine(chosen.device, dtype=chosen.dtype, numerics=chosen.numerics).to_json(),
         leftovers=left,
     )
 

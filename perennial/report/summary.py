@@ -83,6 +83,7 @@ def summary(recording: Recording) -> dict[str, Any]:
         "seed": recording.seed,
         "leftover_processes": recording.leftovers,
         "facts": recording.facts,
+        "machine": recording.machine,
         "definitions": DEFINITIONS,
     }
 
