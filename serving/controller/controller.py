@@ -40,7 +40,7 @@ class Controller:
         self._settings, self._tokenizer = settings, tokenizer
         self._plan_version = version
         self._journal = Journal(settings.journal)
-        self._ledger = Ledger(self._journal, tokenizer, finished_kept=settings.capacity.finished_kept)
+        self._ledger = Ledger(self._journal, tokenizer, self.metrics, finished_kept=settings.capacity.finished_kept)
         self.fleet = Fleet(
             settings,
             spec,
@@ -141,24 +141,14 @@ class Controller:
     async def _listen(self, record: Record, start: int) -> AsyncGenerator[Chunk, None]:
         record.listeners += 1
         record.orphaned_at = None
-        clock = asyncio.get_running_loop().time
-        told_at = record.admitted_at
         try:
             async for chunk in record.chunks(start):
-                now = clock()
-                if chunk.output_index == 0:
-                    self.metrics.first_token(now - record.admitted_at)
-                if chunk.token_ids:
-                    self.metrics.token_emitted((now - told_at) / len(chunk.token_ids), len(chunk.token_ids))
-                told_at = now
-                if chunk.finish is not None:
-                    self.metrics.finished(chunk.finish, now - record.admitted_at)
                 yield chunk
         finally:
             record.listeners -= 1
             if not record.listeners and record.finish is None:
                 if record.request.resumable:
-                    record.orphaned_at = clock()
+                    record.orphaned_at = asyncio.get_running_loop().time()
                 else:
                     self.fleet.end(record, "abort")
 

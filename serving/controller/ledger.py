@@ -19,6 +19,7 @@ from serving.controller.records import Record, TextScanner
 from serving.errors import Aborted, AlreadyExists, NotFound, PerennialError, QueueFull
 from serving.messages import Emission
 from serving.requests import FinishReason, GenerationRequest
+from serving.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ _RETRY_S = 0.5
 class Ledger:
     """Records by key and by request id."""
 
-    def __init__(self, journal: Journal, tokenizer: Tokenizer, *, finished_kept: int) -> None:
-        self._journal, self._tokenizer, self._finished_kept = journal, tokenizer, finished_kept
+    def __init__(self, journal: Journal, tokenizer: Tokenizer, metrics: Metrics, *, finished_kept: int) -> None:
+        self._journal, self._tokenizer, self._metrics, self._finished_kept = journal, tokenizer, metrics, finished_kept
         self.records: dict[int, Record] = {}
         self._by_id: dict[str, Record] = {}
         self._finished: deque[int] = deque()
@@ -81,11 +82,12 @@ class Ledger:
         return record
 
     def _record(self, key: int, request: GenerationRequest, *, age_s: float = 0.0) -> Record:
-        now = asyncio.get_running_loop().time() - max(0.0, age_s)
-        deadline_at = None if request.deadline_s is None else now + request.deadline_s
+        now = asyncio.get_running_loop().time()
+        admitted_at = now - max(0.0, age_s)
+        deadline_at = None if request.deadline_s is None else admitted_at + request.deadline_s
         wants_text = request.detokenize or request.limits.stop
         scanner = TextScanner(self._tokenizer, request.limits.stop) if wants_text else None
-        return Record(key, request, now, deadline_at, scanner)
+        return Record(key, request, admitted_at, deadline_at, scanner, told_at=now)
 
     def _remember(self, record: Record) -> None:
         self.records[record.key] = record
@@ -166,13 +168,23 @@ class Ledger:
     def _journalled(
         self, dirty: Mapping[int, Record], lengths: Mapping[int, int], ends: list[tuple[int, FinishReason]]
     ) -> None:
+        now = asyncio.get_running_loop().time()
         for key, record in dirty.items():
+            self._count(record, lengths[key] - record.committed, now)
             record.committed = lengths[key]
-        for key, _ in ends:
+        for key, reason in ends:
             dirty[key].ended = True
             self._finished.append(key)
+            self._metrics.finished(reason, now - dirty[key].admitted_at)
         for record in dirty.values():
             record.notify()
+
+    def _count(self, record: Record, tokens: int, now: float) -> None:
+        if tokens:
+            if not record.committed:
+                self._metrics.first_token(now - record.admitted_at)
+            self._metrics.token_emitted((now - record.told_at) / tokens, tokens)
+            record.told_at = now
 
     async def _commit(self, records: Iterable[Record], ends: list[tuple[int, FinishReason]]) -> None:
         tokens = [

@@ -56,6 +56,7 @@ class Record:
     admitted_at: float  # event loop time
     deadline_at: float | None
     scanner: TextScanner | None
+    told_at: float = 0.0  # event loop time of the latest commit of tokens; of the admission before that
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[TopLogprob, ...]] = field(default_factory=list)

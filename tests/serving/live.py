@@ -225,7 +225,7 @@ def _settled(info: ServerInfo, instances: int) -> bool:
     return info.state == "serving" and len(ready) == len(info.instances) == instances and busy <= ready and bool(busy)
 
 
-async def tokens_of(client: Client, number: int, run: str, count: int = 80) -> list[int]:
+async def tokens_of(client: Client, number: int, run: str, count: int = 200) -> list[int]:
     """One stream: the same for every run, greedy for even numbers, sampled for odd ones."""
     prompt: Sequence[int] = [(number * 7 + at) % 290 + 4 for at in range(20 + number)]
     sampling = Sampling(temperature=0.8 * (number % 2), seed=number)

@@ -49,10 +49,10 @@ async def streams(
     async with fleet.client() as client:
         if not undisturbed:
             undisturbed += await asyncio.gather(*(tokens_of(client, each, "undisturbed") for each in range(STREAMS)))
+        since = await last_event(fleet)
         running = asyncio.gather(*(tokens_of(client, each, run) for each in range(STREAMS)))
         try:
             await fleet.until(lambda info: info.running >= 2)
-            since = await last_event(fleet)
             assert not running.done(), "there is nothing left to disturb"
             yield
             assert await asyncio.wait_for(running, 60.0) == undisturbed
@@ -155,6 +155,17 @@ async def test_a_controller_that_is_killed_finds_its_workers_again(
     after = await fleet.ready(2)
     assert after.epoch > before.epoch
     assert {name: fleet.worker(name).pid for name in workers} == workers
+
+
+async def test_a_controller_with_a_new_journal_takes_the_workers_of_the_old_one(fleet: LiveFleet) -> None:
+    """Its epochs begin again below those that the workers have seen."""
+    before = await fleet.ready(2)
+    fleet.kill("controller")
+    for path in fleet.home.glob("journal*"):
+        path.unlink()
+    fleet.start_controller()
+    await fleet.until(lambda info: info.epoch < before.epoch)
+    assert (await fleet.ready(2)).epoch == 1
 
 
 async def test_all_capacity_lost_and_returned(fleet: LiveFleet, undisturbed: list[list[int]]) -> None:

@@ -15,6 +15,7 @@ from serving.controller.records import Record
 from serving.errors import Aborted, AlreadyExists, NotFound, QueueFull
 from serving.messages import Emission
 from serving.requests import Chunk, FinishReason, GenerationRequest, Limits
+from serving.telemetry import Metrics
 
 
 def request(name: str, *prompt: int, stop: tuple[str, ...] = ()) -> GenerationRequest:
@@ -24,7 +25,7 @@ def request(name: str, *prompt: int, stop: tuple[str, ...] = ()) -> GenerationRe
 @asynccontextmanager
 async def opened(path: Path, tokenizer: Tokenizer, finished_kept: int = 10, **options: int) -> AsyncIterator[Ledger]:
     journal = Journal(str(path), **options)
-    ledger = Ledger(journal, tokenizer, finished_kept=finished_kept)
+    ledger = Ledger(journal, tokenizer, Metrics(), finished_kept=finished_kept)
     try:
         yield ledger
     finally:
@@ -34,9 +35,10 @@ async def opened(path: Path, tokenizer: Tokenizer, finished_kept: int = 10, **op
 
 
 def take(ledger: Ledger, record: Record, *tokens: int, finish: FinishReason | None = None) -> None:
-    for at, token in enumerate(tokens, start=len(record.output)):
-        last = at == len(record.output) + len(tokens) - 1
-        assert ledger.take(record, Emission(record.key, at, token, finish=finish if last else None))
+    start = len(record.output)
+    ends = [*[None] * (len(tokens) - 1), finish]
+    for at, (token, end) in enumerate(zip(tokens, ends, strict=True), start):
+        assert ledger.take(record, Emission(record.key, at, token, finish=end))
 
 
 async def whole(record: Record) -> list[Chunk]:
@@ -74,6 +76,23 @@ async def test_repeated_tokens_are_ignored_and_gaps_are_told(tmp_path: Path, tok
         ledger.end(record, "abort")
         assert ledger.take(record, Emission(record.key, 2, 9))
         assert record.output == [5, 6]
+
+
+async def test_each_token_and_each_end_is_counted_once_whoever_listens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    async with opened(tmp_path / "journal", tokenizer) as ledger:
+        record = await ledger.admit(request("r"))
+        take(ledger, record, 5, 6, finish="length")
+        await asyncio.gather(whole(record), whole(record))
+        aborted = await ledger.admit(request("aborted"))
+        take(ledger, aborted, 7)
+        ledger.end(aborted, "abort")
+        await durable(ledger)
+        value = ledger._metrics.registry.get_sample_value
+        assert value("perennial_generation_tokens_total") == 3
+        assert value("perennial_time_to_first_token_seconds_count") == 2
+        assert value("perennial_inter_token_latency_seconds_count") == 3
+        assert value("perennial_request_success_total", {"finished_reason": "length"}) == 1
+        assert value("perennial_request_success_total", {"finished_reason": "abort"}) == 1
 
 
 async def test_an_end_without_a_token_says_why(tmp_path: Path, tokenizer: Tokenizer) -> None:

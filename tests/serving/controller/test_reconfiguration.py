@@ -124,7 +124,7 @@ async def opened(
     settings = ServingSettings(checkpoint="", journal="", token="t", timeouts=timeouts, expected_instances=expected)
     book = plan_book(spec, {1: (1, 1, 1), 2: (1, 2, 1)})
     journal, events = Journal(str(path / "journal")), EventLog()
-    ledger = Ledger(journal, tokenizer, finished_kept=10)
+    ledger = Ledger(journal, tokenizer, Metrics(), finished_kept=10)
     fleet = Fleet(settings, spec, book, journal=journal, ledger=ledger, events=events, metrics=Metrics())
     scene = Scene(fleet, await fleet.start(), ledger, events)
     try:
