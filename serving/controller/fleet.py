@@ -61,6 +61,7 @@ class Fleet:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._early: list[tuple[Device, m.Tokens]] = []  # from replicas that ran before all had said so
+        self._replayed = 0  # requests queued to be recomputed since the last layout
         self._broken = False  # a replica failed since the last layout
 
     async def start(self) -> int:
@@ -206,6 +207,7 @@ class Fleet:
             self._metrics.replayed(len(record.request.prompt) + len(record.output))
             kept.append(record)
         self._metrics.migration("replay", len(kept))
+        self._replayed += len(kept)
         self.dispatcher.requeue(kept)
 
     # -- reconfiguration --------------------------------------------------------------------------------
@@ -324,13 +326,12 @@ class Fleet:
                 self.membership.send(one.target.leader, m.Cancel(one.target.number, [one.resident.key]))
             else:
                 self.dispatcher.bind(record, one.target)
-        left = self.dispatcher.drop(transition.retire)
-        self._replay(left)
+        self._replay(self.dispatcher.drop(transition.retire))
         self.config, self._broken = target, False
         if attempt.store is not None:
             self._stores[outcome.epoch] = attempt.store
         self._close_stores()
-        self._report_layout(outcome, len(left), mode)
+        self._report_layout(outcome, mode)
         self._metrics.migration("move", len(outcome.adopted))
         for phase, seconds in outcome.seconds.items():
             self._metrics.reconfiguration(phase, seconds)
@@ -343,7 +344,7 @@ class Fleet:
         for epoch in [epoch for epoch in self._stores if epoch not in in_use]:
             self._stores.pop(epoch).close()
 
-    def _report_layout(self, outcome: Outcome, replayed: int, mode: str) -> None:
+    def _report_layout(self, outcome: Outcome, mode: str) -> None:
         positions = [
             {"replica": index, "stage": rank // one.config.shards, "shard": rank % one.config.shards, "device": str(d)}
             for index, one in enumerate(self.dispatcher.replicas.values())
@@ -358,8 +359,9 @@ class Fleet:
             moved=outcome.moved,
             seconds=outcome.seconds,
             requests_moved=len(outcome.adopted),
-            requests_replayed=replayed,
+            requests_replayed=self._replayed,
         )
+        self._replayed = 0
 
     def _report_capacity(self) -> None:
         starved = not self.dispatcher.replicas
