@@ -14,6 +14,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = 5.0  # a silent agent or worker is lost after this; two busy cores starve processes for seconds
     join_s: float = 60.0  # process start → hello
     gather_s: float = 30.0  # waiting for the expected instances before the first layout
+    regather_s: float = 3.0  # the same for a controller that was restarted
     prepare_s: float = 60.0  # groups and weights of the next epoch
     pause_s: float = 10.0  # reaching a step boundary
     switch_s: float = 30.0  # KV transfer and activation

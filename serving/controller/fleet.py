@@ -233,9 +233,12 @@ class Fleet:
                 self.fleet_changed()
 
     async def _gather(self) -> None:
-        """Before the first layout: wait for the expected instances, but not for ever."""
-        clock = asyncio.get_running_loop().time
-        until = clock() + self._settings.timeouts.gather_s
+        """Before the first layout: wait for the expected instances, but not for ever.
+
+        After a restart the fleet is up and only has to reconnect, as far as it still exists.
+        """
+        clock, timeouts = asyncio.get_running_loop().time, self._settings.timeouts
+        until = clock() + (timeouts.regather_s if self.epoch else timeouts.gather_s)
         while clock() < until:
             if sum(one.usable for one in self.membership.instances.values()) >= self._settings.expected_instances:
                 return
