@@ -71,10 +71,10 @@ async def fleet(
 ) -> AsyncIterator[Fleet]:
     """A service over `instances` instances, ready when the block begins and gone when it has ended.
 
-    `plan` is a plan book or its file; None runs `LADDER`. `home` keeps settings, journal and logs
-    (a temporary directory by default). Further `settings` are fields of `ServingSettings`, such as
-    `timeouts`, `capacity` and `engine`. Raises
-    `StartFailed`, and `Leftovers` at the end.
+    `plan` is a plan book or its file; None runs `LADDER`, or what the `registry` among the settings says.
+    `home` keeps settings, journal and logs (a temporary directory by default). Further `settings` are
+    fields of `ServingSettings`, such as `timeouts`, `capacity` and `engine`. Raises `StartFailed`, and
+    `Leftovers` at the end.
     """
     with ExitStack() as stack:
         folder = str(home or stack.enter_context(tempfile.TemporaryDirectory(prefix="perennial-")))
@@ -140,13 +140,14 @@ def _configuration(
 ) -> ServingSettings:
     folder = Path(home).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    book = given_plans(read_spec(checkpoint), LADDER, devices_per_instance=devices) if plan is None else plan
+    if plan is None and "registry" not in settings:
+        plan = given_plans(read_spec(checkpoint), LADDER, devices_per_instance=devices)
     defaults = {
         "checkpoint": str(Path(checkpoint).absolute()),
         "journal": str(folder / "journal.sqlite"),
         "ready_file": str(folder / "ready.json"),
         "token": secrets.token_urlsafe(16),
-        "plan": _plan_file(book, folder),
+        "plan": _plan_file(plan, folder) if plan else "",
     }
     return ServingSettings(**{**defaults, **settings})
 

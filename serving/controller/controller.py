@@ -222,8 +222,8 @@ class Controller:
 
     def _adopt(self, book: PlanBook, version: str, source: str) -> None:
         _check_book(book, self.spec)
+        self._plan_version = version
         if book.sha256 != self.fleet.book.sha256:
-            self._plan_version = version
             self.fleet.adopt_book(book)
         self._say_plan(source)
 
