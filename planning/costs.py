@@ -133,9 +133,7 @@ class CostModel:
             raise InvalidInput("the profile has no link measurements; measure it again")
         return link.latency_s + size_bytes * link.seconds_per_byte
 
-    def _stages_ms(
-        self, phase: str, config: ParallelConfig, *, batch: int, tokens: int, context: int
-    ) -> list[float]:
+    def _stages_ms(self, phase: str, config: ParallelConfig, *, batch: int, tokens: int, context: int) -> list[float]:
         """`stage_ms` of every stage; stages in the middle with equally many layers are worked out once."""
         known: dict[tuple[int, bool, bool], float] = {}
         times = []
@@ -166,9 +164,7 @@ class CostModel:
             return 0.0
         return self.transfer_s(tokens * self.spec.hidden * self.kv_element_bytes, "network")
 
-    def _part_ms(
-        self, part: str, phase: str, layers: int, shards: int, batch: int, tokens: int, context: int
-    ) -> float:
+    def _part_ms(self, part: str, phase: str, layers: int, shards: int, batch: int, tokens: int, context: int) -> float:
         """Between measured shard counts, geometric interpolation; parts that were not measured cost nothing."""
         known = sorted(count for p, q, count in self.curves if (p, q) == (phase, part))
         if not known:

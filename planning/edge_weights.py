@@ -60,9 +60,7 @@ def edge_weights(
     `held` are the old positions of the devices; a device without one weighs nothing anywhere.
     """
     targets = list(new.positions())
-    rows = [
-        [_edge(model, old, new, have, want, batches) if have else 0 for want in targets] for have in held
-    ]
+    rows = [[_edge(model, old, new, have, want, batches) if have else 0 for want in targets] for have in held]
     return np.array(rows, dtype=np.int64).reshape(len(held), len(targets))
 
 

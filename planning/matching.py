@@ -155,9 +155,7 @@ class _Grouped:
         inner = self.scores[np.ix_(members, columns)]
         return float(inner[linear_sum_assignment(inner, maximize=True)].sum())
 
-    def _blocks(
-        self, pairs: Sequence[tuple[int, int]]
-    ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def _blocks(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Independent (rows, columns) problems: one per instance, or one per group that spans several."""
         axis = 0 if self.per_group == 1 else 1
         return [

@@ -80,9 +80,7 @@ def _changes(
     return change
 
 
-def _least_bad(
-    use: npt.NDArray[np.float64], change: npt.NDArray[np.float64], after: npt.NDArray[np.float64]
-) -> int:
+def _least_bad(use: npt.NDArray[np.float64], change: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> int:
     """Column with the smallest maximum (at least 0); among equals those that free the fullest devices, then order."""
     fullest = use >= use.max() - 1e-12
     frees = (change[fullest] < 0).any(axis=0)

@@ -102,18 +102,14 @@ class StaticBatchProfile:
         micro = config.prefill_micro
         layer = self._layer_ms(config.shards, config.batch // micro)[0]
         time = layer * self._stage_layers(config) * (config.stages + micro - 1) / micro
-        return (self.factor if factor is None else factor) * (
-            time + self.prefill_hop_ms / micro * (config.stages - 1)
-        )
+        return (self.factor if factor is None else factor) * (time + self.prefill_hop_ms / micro * (config.stages - 1))
 
     def decode_ms(self, config: StaticConfig, *, factor: float | None = None) -> float:
         """One decode step of one batch through all stages (t2 in the reference)."""
         micro = config.decode_micro
         layer = self._layer_ms(config.shards, config.batch // micro)[1]
         time = layer * self._stage_layers(config) * (config.stages + micro - 1)
-        return (self.factor if factor is None else factor) * (
-            time + self.decode_hop_ms / micro * (config.stages - 1)
-        )
+        return (self.factor if factor is None else factor) * (time + self.decode_hop_ms / micro * (config.stages - 1))
 
     def latency_ms(self, config: StaticConfig) -> float:
         """Milliseconds from the start of a batch to its last token (l in the reference)."""

@@ -39,7 +39,7 @@ class Service(Protocol):
     async def submit(self, request: GenerationRequest) -> Stream[Chunk]:
         """Admit and journal a request, and return its stream.
 
-        Submitting a known `request_id` with the same prompt attaches to it from the start. Raises
+        Submitting a known `request_id` for the same answer attaches to it from the start. Raises
         `InvalidInput`, `AlreadyExists`, `QueueFull`, `Unavailable`. Closing the iterator before the
         end aborts the request unless it is resumable.
         """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-import secrets
 import uuid
 
 from data.models import ModelSpec
@@ -38,10 +38,11 @@ def generation_request(
     )
     detokenize = message.detokenize if message.HasField("detokenize") else True
     _require(detokenize or not message.sampling_params.stop, "Stop strings need detokenize; use stop_token_ids.")
+    name = request_id(message.request_id) if message.request_id else uuid.uuid4().hex
     return GenerationRequest(
-        request_id=request_id(message.request_id) if message.request_id else uuid.uuid4().hex,
+        request_id=name,
         prompt=prompt,
-        sampling=_sampling(message.sampling_params),
+        sampling=_sampling(message.sampling_params, name),
         limits=_limits(message.sampling_params, spec, room),
         deadline_s=_deadline_s(message, call_remaining_s),
         resumable=message.resumable,
@@ -80,7 +81,7 @@ def _check_ids(ids: tuple[int, ...], spec: ModelSpec, what: str) -> None:
     _require(worst < spec.vocab, f"Token id {worst} of the {what} is out of range; the vocabulary has {spec.vocab}.")
 
 
-def _sampling(params: inference_pb2.SamplingParams) -> Sampling:
+def _sampling(params: inference_pb2.SamplingParams, name: str) -> Sampling:
     top_p = params.top_p if params.HasField("top_p") else 1.0
     _require(
         math.isfinite(params.temperature) and params.temperature >= 0,
@@ -94,13 +95,15 @@ def _sampling(params: inference_pb2.SamplingParams) -> Sampling:
         temperature=params.temperature,
         top_k=max(params.top_k, 0),
         top_p=top_p,
-        seed=params.seed if params.HasField("seed") else _draw_seed(params.temperature),
+        seed=params.seed if params.HasField("seed") else _drawn_seed(params.temperature, name),
         logprobs=params.logprobs,
     )
 
 
-def _draw_seed(temperature: float) -> int:
-    return secrets.randbelow(_SEED_LIMIT) if temperature > 0 else 0
+def _drawn_seed(temperature: float, name: str) -> int:
+    """A function of the request's id: a request that is sent again must be the same request."""
+    digest = hashlib.sha256(name.encode("ascii")).digest()
+    return int.from_bytes(digest) % _SEED_LIMIT if temperature > 0 else 0
 
 
 def _limits(params: inference_pb2.SamplingParams, spec: ModelSpec, room: int) -> Limits:

@@ -24,9 +24,7 @@ REFERENCE = Objective(2.0, 64, 64)
 def costs(shard_gain: float = 0.7) -> CostModel:
     """A layer costs 0.4 ms on one shard, and `shard_gain` of that on twice as many."""
     curves = {
-        (phase, "layers", shards): Curve(
-            np.array([0.1, 0.4, 0.01, 0.01, 1e-6]) * shard_gain ** np.log2(shards)
-        )
+        (phase, "layers", shards): Curve(np.array([0.1, 0.4, 0.01, 0.01, 1e-6]) * shard_gain ** np.log2(shards))
         for phase in ("prefill", "decode")
         for shards in (1, 2, 4)
     }

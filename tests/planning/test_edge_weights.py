@@ -36,9 +36,7 @@ def test_weights_follow_the_formula(old_p: int, new_p: int, old_m: int, new_m: i
             kv = batch if want.replica == 1 else 0
             low = max(Fraction(have.shard, old_m), Fraction(want.shard, new_m))
             high = min(Fraction(have.shard + 1, old_m), Fraction(want.shard + 1, new_m))
-            ours, theirs = (
-                set(range(*config.stage_layers(at.stage, 12))) for config, at in ((old, have), (new, want))
-            )
+            ours, theirs = (set(range(*config.stage_layers(at.stage, 12))) for config, at in ((old, have), (new, want)))
             weight = len(ours & theirs) * (6 + max(high - low, Fraction(0)) * (12 * 64 + 7 + kv * 640)) + 1640
             if have.stage == old_p - 1 and want.stage == new_p - 1:
                 weight += 1002

@@ -68,6 +68,7 @@ async def test_unset_fields_take_their_defaults_and_a_seed_is_drawn_per_request(
     await service.inference.Generate(request(request_id="greedy"))
     first, second, greedy = (service.source.journal[name].request for name in ("first", "second", "greedy"))
     assert first.sampling.seed != second.sampling.seed
+    await service.inference.Generate(request(request_id="first", sampling_params=params(temperature=1.0, max_tokens=2)))
     assert (greedy.sampling.seed, greedy.sampling.top_p, greedy.limits.max_tokens) == (0, 1.0, 128)
 
 

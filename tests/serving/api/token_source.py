@@ -85,8 +85,8 @@ class TokenSource:
         if self.raises is not None:
             raise self.raises()
         known = self.journal.get(request.request_id)
-        if known is not None and known.request.prompt != request.prompt:
-            raise AlreadyExists(f"{request.request_id} is in use by another prompt")
+        if known is not None and (known.request.prompt, known.request.sampling) != (request.prompt, request.sampling):
+            raise AlreadyExists(f"{request.request_id} is in use by another request")
         if known is None:
             self._admit(request)
         return self.attach(request.request_id, 0)
