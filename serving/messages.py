@@ -45,7 +45,7 @@ class Heartbeat(Message):
 
 
 class Notice(Message):
-    """An agent learnt that its instance goes away in `deadline_s` seconds."""
+    """An instance goes away in `deadline_s` seconds: said by its agent, or to it if the controller learnt first."""
 
     instance: str
     deadline_s: float
@@ -304,5 +304,6 @@ Downward = (
     | Submit
     | Cancel
     | KillWorker
+    | Notice
     | Dismiss
 )

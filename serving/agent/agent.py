@@ -59,10 +59,16 @@ class Agent:
 
     def notice(self, deadline_s: float, source: str) -> None:
         """The instance will be gone in `deadline_s` seconds; a sooner end replaces a later one."""
-        ends_at = asyncio.get_running_loop().time() + deadline_s
-        if self._notice is None or ends_at < self._notice[0]:
-            self._notice = (ends_at, source)
+        if self._remember(deadline_s, source):
             self._tell_notice()
+
+    def _remember(self, deadline_s: float, source: str) -> bool:
+        """Keep a notice, to repeat it at every connection; False if one with a sooner end is there."""
+        ends_at = asyncio.get_running_loop().time() + deadline_s
+        if self._notice is not None and self._notice[0] <= ends_at:
+            return False
+        self._notice = (ends_at, source)
+        return True
 
     def _tell_notice(self) -> None:
         if self._notice is not None and self._connection is not None:
@@ -96,6 +102,8 @@ class Agent:
     def _obey(self, message: m.Downward) -> None:
         if isinstance(message, m.Dismiss):
             raise Dismissed("dismissed")
+        if isinstance(message, m.Notice):
+            self._remember(message.deadline_s, message.source)
         if isinstance(message, m.KillWorker) and message.index in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 self._workers[message.index].kill()

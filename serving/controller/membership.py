@@ -154,12 +154,18 @@ class Membership:
         instance = self.instances.get(name)
         if instance is None:
             return False
+        if instance.agent is not None:
+            # It repeats the notice at every connection: this one may be lost, and so may this process.
+            instance.agent.connection.send(m.Notice(name, deadline_s, source))
+        self._leave(instance, deadline_s, source)
+        return True
+
+    def _leave(self, instance: InstanceState, deadline_s: float, source: str) -> None:
         leaving_at = asyncio.get_running_loop().time() + deadline_s
         if instance.leaving_at is None or leaving_at < instance.leaving_at:
             instance.leaving_at = leaving_at
             self._listener.instance_noticed(instance, deadline_s, source)
             self._listener.fleet_changed()
-        return True
 
     def dismiss(self, name: str) -> None:
         """Tell an instance to go; one without an agent cannot be told."""
@@ -243,7 +249,7 @@ class Membership:
 
     def _agent_said(self, instance: InstanceState, message: m.Upward) -> None:
         if isinstance(message, m.Notice):
-            self.notice(instance.name, message.deadline_s, message.source)
+            self._leave(instance, message.deadline_s, message.source)
         elif isinstance(message, m.WorkerExited):
             logger.warning("worker %s/%d ended with code %d", instance.name, message.index, message.code)
 

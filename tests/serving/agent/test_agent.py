@@ -108,6 +108,18 @@ async def test_the_life_of_an_agent(tmp_path: Path, settings: ServingSettings) -
         await asyncio.to_thread(worker.wait, 5.0)
 
 
+async def test_a_notice_given_to_a_controller_outlives_it(tmp_path: Path, settings: ServingSettings) -> None:
+    async with membership(settings) as fleet, agent(tmp_path, settings, fleet.port):
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        fleet.membership.notice("a", 40.0, "api")
+        await fleet.membership.stop()
+        async with membership(msgspec.structs.replace(settings, control_port=fleet.port)) as restarted:
+            await restarted.until(lambda: ("joined", "a") in restarted.log.said, within_s=20.0)
+            await restarted.heard_notice("api", 40.0)
+            assert restarted.membership.usable_devices() == ()
+            assert [entry[0] for entry in restarted.log.said].count("noticed") == 1
+
+
 async def test_a_worker_that_cannot_start_says_why(tmp_path: Path, settings: ServingSettings, checkpoint: Path) -> None:
     broken = tmp_path / "half"
     shutil.copytree(checkpoint, broken)

@@ -268,6 +268,8 @@ async def test_a_noticed_instance_is_usable_no_more_and_a_sooner_end_counts(flee
     assert info.leaving_s is not None
     assert 4.0 < info.leaving_s <= 5.0
     assert not fleet.membership.notice("unknown", 1.0, "api")
+    told = [message async for message in _until(agent, m.Notice)]
+    assert told == [m.Notice("a", 30.0, "api")]  # to be repeated, should this controller end before it
 
 
 async def test_a_dismissed_instance_is_told_and_one_without_an_agent_is_not_forgotten(fleet: Fleet) -> None:
