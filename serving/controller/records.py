@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from serving.errors import Aborted, DeadlineExceeded
 from serving.messages import Assignment, Emission
 from serving.requests import Chunk, FinishReason, GenerationRequest, TopLogprob
 
+logger = logging.getLogger(__name__)
+
 
 class TextScanner:
     """Turns tokens into text piece by piece and finds stop strings.
@@ -24,13 +27,13 @@ class TextScanner:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._decoder, self._complained = DecodeStream(skip_special_tokens=True), False
         self._held = ""
         self._hold = max((len(text) for text in stop), default=1) - 1
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text released by this token, and whether a stop string was completed."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
+        self._held += self._text(token)
         found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
         if found:
             released, self._held = self._held[: min(found)], ""
@@ -38,6 +41,16 @@ class TextScanner:
         keep = len(self._held) - self._hold
         released, self._held = (self._held[:keep], self._held[keep:]) if keep > 0 else ("", self._held)
         return released, False
+
+    def _text(self, token: int) -> str:
+        """What a token adds; nothing if the tokenizer fails at it, for a stream is its tokens first."""
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
+            if not self._complained:
+                logger.warning("the tokenizer has no text for token %d: %s", token, error)
+            self._decoder, self._complained = DecodeStream(skip_special_tokens=True), True
+            return ""
 
     def flush(self) -> str:
         """What was held back, once no token follows."""

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from serving.controller.records import Record, TextScanner
 from serving.errors import Aborted, DeadlineExceeded
@@ -50,6 +50,16 @@ def test_text_that_only_looks_like_a_stop_string_comes_later(tokenizer: Tokenize
     released = [scanner.push(token)[0] for token in ids(tokenizer, "aSTOb")]
     assert released[:4] == ["", "", "", "a"]
     assert "".join(released) + scanner.flush() == "aSTOb"
+
+
+def test_a_token_that_the_tokenizer_fails_at_has_no_text(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A decoder that rewrites what it said before, which a stream of text cannot follow."""
+    broken = Tokenizer.from_str(tokenizer.to_str())
+    broken.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Replace("ab", "xyz")])
+    assert read(broken, ids(tokenizer, "1ab2ab STOP 3"), "STOP")[0] == "1a2a "
+    assert caplog.text.count("the tokenizer has no text for token") == 1
 
 
 def test_the_earliest_of_several_stop_strings_counts(tokenizer: Tokenizer) -> None:
