@@ -8,7 +8,7 @@ class NotFound(PerennialError):
 
 
 class AlreadyExists(PerennialError):
-    """The request id is in use by another prompt."""
+    """The request id is in use by another request."""
 
 
 class Retryable(PerennialError):

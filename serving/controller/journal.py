@@ -44,6 +44,7 @@ _LOAD = """
 SELECT key, body, admitted, finish FROM requests WHERE finish IS NULL UNION SELECT * FROM
     (SELECT key, body, admitted, finish FROM requests WHERE finish IS NOT NULL ORDER BY key DESC LIMIT ?) ORDER BY key
 """
+_SURPLUS = "(SELECT key FROM requests WHERE finish IS NOT NULL ORDER BY key DESC LIMIT -1 OFFSET ?)"
 _END = "UPDATE requests SET finish=?, last_row=(SELECT max(row) FROM tokens) WHERE key=?"
 _ROWS = 256  # of one INSERT: every statement lets go of the interpreter lock, and must get it back
 
@@ -209,6 +210,12 @@ class Journal:
     async def set_meta(self, name: str, value: int) -> None:
         """Store a number."""
         await self._submit([_Statement("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(name, value)])])
+
+    def trim(self, finished: int) -> None:
+        """Delete the finished requests that `load` leaves out. Nobody waits for it."""
+        tables = ("tokens", "requests")
+        statements = [_Statement(f"DELETE FROM {one} WHERE key IN {_SURPLUS}", [(finished,)]) for one in tables]
+        self._enqueue(statements).add_done_callback(_ignore)
 
     async def forget(self, keys: Sequence[int]) -> None:
         """Delete finished requests and their tokens; at most some thousand at a time."""

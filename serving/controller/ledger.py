@@ -52,8 +52,8 @@ class Ledger:
     def known(self, request: GenerationRequest) -> Record | None:
         """The record of the same request submitted before. Raises `AlreadyExists` if it differs."""
         record = self._by_id.get(request.request_id)
-        if record is not None and record.request.prompt != request.prompt:
-            raise AlreadyExists(f"request id {request.request_id} is in use by another prompt; choose another id")
+        if record is not None and _asked(record.request) != _asked(request):
+            raise AlreadyExists(f"request id {request.request_id} is in use by another request; choose another id")
         return record
 
     def restore(self) -> list[Record]:
@@ -67,6 +67,7 @@ class Ledger:
             else:
                 self._finished.append(record.key)
         self._next_key = max(self.records, default=0) + 1
+        self._journal.trim(self._finished_kept)
         return unfinished
 
     def _restored(self, stored: StoredRequest) -> Record:
@@ -220,3 +221,8 @@ class Ledger:
     def stop(self) -> None:
         """Stop committing; what is dirty is generated again after a restart."""
         self._task.cancel()
+
+
+def _asked(request: GenerationRequest) -> tuple[object, ...]:
+    """What makes two submissions of one id the same request; how long one waits for it may differ."""
+    return request.prompt, request.sampling, request.limits, request.detokenize

@@ -66,6 +66,16 @@ async def test_forgetting_leaves_the_others_alone(journal: Journal, tmp_path: Pa
     assert (rows(tmp_path, "tokens"), rows(tmp_path, "requests")) == (9, 4)
 
 
+async def test_what_is_not_loaded_can_be_deleted(journal: Journal, tmp_path: Path) -> None:
+    await write(journal, range(1, 6), steps=2)
+    await journal.commit([], [(1, "stop"), (2, "stop"), (4, "stop")])
+    left = journal.load(finished=1)
+    journal.trim(finished=1)
+    await journal.set_meta("any", 1)  # the writer goes in order
+    assert journal.load(finished=10) == left
+    assert (rows(tmp_path, "tokens"), rows(tmp_path, "requests")) == (6, 3)
+
+
 async def test_a_request_that_ended_without_tokens_can_be_forgotten(journal: Journal, tmp_path: Path) -> None:
     await write(journal, range(1, 2), steps=0)
     await journal.commit([], [(1, "abort")])

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer
 
@@ -14,7 +15,7 @@ from serving.controller.ledger import Ledger
 from serving.controller.records import Record
 from serving.errors import Aborted, AlreadyExists, NotFound, QueueFull
 from serving.messages import Emission
-from serving.requests import Chunk, FinishReason, GenerationRequest, Limits
+from serving.requests import Chunk, FinishReason, GenerationRequest, Limits, Sampling
 from serving.telemetry import Metrics
 
 
@@ -130,8 +131,16 @@ async def test_request_ids(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert ledger.known(request("r", 1)) is None
         record = await ledger.admit(request("r", 1))
         assert ledger.known(request("r", 1)) is record
-        with pytest.raises(AlreadyExists, match="another prompt"):
-            ledger.known(request("r", 2))
+        others = [
+            request("r", 2),
+            request("r", 1, stop=("x",)),
+            msgspec.structs.replace(record.request, sampling=Sampling(seed=1)),
+            msgspec.structs.replace(record.request, detokenize=False),
+        ]
+        for other in others:
+            with pytest.raises(AlreadyExists, match="another request"):
+                ledger.known(other)
+        assert ledger.known(msgspec.structs.replace(record.request, deadline_s=1.0, resumable=True)) is record
         with pytest.raises(NotFound):
             ledger.find("unknown")
 
@@ -150,6 +159,20 @@ async def test_old_finished_requests_are_forgotten_and_running_ones_never(tmp_pa
         assert (await ledger.admit(request("r0"))).output == []
     async with opened(tmp_path / "journal", tokenizer, finished_kept=8) as ledger:
         assert [record.request.request_id for record in ledger.restore()] == ["running", "r0"]
+
+
+async def test_a_restart_forgets_what_it_does_not_keep(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    async with opened(tmp_path / "journal", tokenizer, finished_kept=100) as ledger:
+        await ledger.admit(request("running"))
+        for number in range(12):
+            take(ledger, await ledger.admit(request(f"r{number}")), 5, finish="stop")
+        await durable(ledger)
+    kept = ["running", *(f"r{number}" for number in range(4, 12))]
+    async with opened(tmp_path / "journal", tokenizer, finished_kept=8) as ledger:
+        assert [record.request.request_id for record in ledger.restore()] == ["running"]
+        assert list(ledger._by_id) == kept
+        await ledger.admit(request("r0"))  # its id is free again
+        assert [one.request.request_id for one in ledger._journal.load(100)] == [*kept, "r0"]
 
 
 async def test_an_admission_that_is_cancelled_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer) -> None:
