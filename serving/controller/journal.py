@@ -46,6 +46,7 @@ SELECT key, body, admitted, finish FROM requests WHERE finish IS NULL UNION SELE
 """
 _SURPLUS = "(SELECT key FROM requests WHERE finish IS NOT NULL ORDER BY key DESC LIMIT -1 OFFSET ?)"
 _END = "UPDATE requests SET finish=?, last_row=(SELECT max(row) FROM tokens) WHERE key=?"
+_LOG_PAGES, _SHORT_LOG_PAGES = 1000, 16  # of the WAL before it is used from its beginning again
 _ROWS = 256  # of one INSERT: every statement lets go of the interpreter lock, and must get it back
 
 
@@ -140,6 +141,14 @@ class Journal:
         if not self._reserve.held and self._free_bytes() >= 2 * self._reserve_bytes:
             self._reserve.take()
             self._limit()
+            self._database.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
+
+    def _give_up_reserve(self) -> None:
+        """Make room, and keep the WAL from taking it: it would hold every page of every commit."""
+        self._reserve.give_up()
+        self._limit()
+        self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._database.execute(f"PRAGMA wal_autocheckpoint={_SHORT_LOG_PAGES}")
 
     def _free_bytes(self) -> int:
         disk = os.statvfs(Path(self._path).parent)
@@ -262,8 +271,7 @@ class Journal:
                 if admission or not self._reserve.held:
                     raise
                 logger.error("the journal's disk is full; giving up its reserve so that running streams can end")
-                self._reserve.give_up()
-                self._limit()
+                self._give_up_reserve()
                 self._transaction(statements)
         except sqlite3.OperationalError as error:
             return JournalFull(f"the journal at {self._path} takes no more: {error}")

@@ -246,7 +246,7 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-def _fill_disk(disk: Path) -> None:
+def fill_disk(disk: Path) -> None:
     with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -256,15 +256,15 @@ async def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "4m") as disk:
         async with opened(disk / "journal", reserve_bytes=1 << 20) as journal:
             await journal.admit(1, request("r1"), 0.0)
-            _fill_disk(disk)
+            fill_disk(disk)
             refused = await _fill(journal, first=2)
-            for at in range(100):
+            for at in range(1000):  # as many pages of the WAL would fill the disk
                 await journal.commit([(1, at, segment(at))], [])
             with pytest.raises(JournalFull):
                 await journal.admit(refused, request("again"), 0.0)
             (disk / "filler").unlink()
             await journal.admit(refused, request("again"), 0.0)
-            assert journal.load(0)[0].output.tokens == list(range(100))
+            assert journal.load(0)[0].output.tokens == list(range(1000))
 
 
 async def test_no_room_for_a_new_journal(tmp_path: Path) -> None:
