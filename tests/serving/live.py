@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
@@ -58,7 +59,9 @@ def free_port() -> int:
 class LiveFleet:
     """Processes that serve from `home`; each in its own session, ended by `end`."""
 
-    def __init__(self, home: Path, configs: dict[int, tuple[int, int, int]], *, instances: int) -> None:
+    def __init__(
+        self, home: Path, configs: dict[int, tuple[int, int, int]], *, instances: int, journal: Path | None = None
+    ) -> None:
         self.home = home
         self.spec = create_checkpoint(
             str(home / "checkpoint"),
@@ -76,7 +79,7 @@ class LiveFleet:
         self.plan.write_bytes(plan_book(self.spec, configs).to_bytes())
         self.settings = ServingSettings(
             checkpoint=str(home / "checkpoint"),
-            journal=str(home / "journal"),
+            journal=str(journal or home / "journal"),
             token="right",
             grpc_port=free_port(),
             control_port=free_port(),
@@ -96,13 +99,11 @@ class LiveFleet:
     def start_controller(self) -> None:
         self._spawn("controller", "serving.controller", "--settings", str(self.home / "settings.json"))
 
-    def add(self, *, token: str = "") -> str:
-        """Start another instance; returns its name."""
+    def add(self, **changes: str) -> str:
+        """Start another instance, whose settings may differ from the controller's; returns its name."""
         name, self._names = f"i{self._names}", self._names + 1
-        settings = self.home / "settings.json"
-        if token:
-            settings = self.home / f"{name}.json"
-            settings.write_bytes(dump(_with_token(self.settings, token)))
+        settings = self.home / f"{name}.json"
+        settings.write_bytes(dump(msgspec.structs.replace(self.settings, **changes)))
         controller = f"127.0.0.1:{self.settings.control_port}"
         options = ["--instance", name, "--type", "local-cpu", "--controller", controller]
         self._spawn(name, "serving.agent", "--settings", str(settings), *options)
@@ -200,12 +201,6 @@ class LiveFleet:
                 return found
             finally:
                 await stream.aclose()
-
-
-def _with_token(settings: ServingSettings, token: str) -> ServingSettings:
-    import msgspec
-
-    return msgspec.structs.replace(settings, token=token)
 
 
 def _living(groups: set[int]) -> list[psutil.Process]:
