@@ -98,11 +98,21 @@ def test_exit_codes_and_json(copied: Path, tmp_path: Path, capsys: pytest.Captur
 
 @needs_reference
 def test_missing_inputs_are_named_not_failed(copied: Path) -> None:
-    (copied / "profiles.json").unlink()
+    (copied / "arrivals.npz").unlink()
     found = reports(copied)
-    assert found["optimizer.json"].note == "not checked: profiles.json is missing"
+    assert found["arrival_stats.json"].note == "not checked: arrivals.npz is missing"
     assert found["device_mapping.json"].verdicts
     assert not found["device_mapping.json"].missed
+
+
+@needs_reference
+def test_rows_alone_are_checked_with_the_published_profiles(copied: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(copied / "optimizer.json", alone / "optimizer_even.json")
+    report = reports(alone)["optimizer_even.json"]
+    assert len(report.verdicts) > 900
+    assert not report.missed
 
 
 def test_other_files_and_damaged_ones(tmp_path: Path) -> None:
