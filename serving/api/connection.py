@@ -20,7 +20,7 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # in truth how long one attempt may take: busy machines are slow
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 

@@ -37,6 +37,23 @@ async def test_text_and_detokenize(service: Served) -> None:
     assert (answer.text, len(answer.token_ids)) == ("", 2)
 
 
+async def test_a_server_that_is_slow_to_take_connections_is_waited_for(service: Served) -> None:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.4)
+        upstream = await asyncio.open_connection("127.0.0.1", service.port)
+        await asyncio.gather(_pump(reader, upstream[1]), _pump(upstream[0], writer))
+
+    slow = await asyncio.start_server(relay, "127.0.0.1", 0)
+    async with slow, Client(f"127.0.0.1:{slow.sockets[0].getsockname()[1]}") as client:
+        assert (await client.server_info()).model == "Tiny/Llama"
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+    writer.close()
+
+
 @pytest.mark.parametrize("same_port", [True, False])
 async def test_streams_go_on_where_they_were_after_the_server_was_restarted(same_port: bool) -> None:
     """Two restarts under 20 streams: the first server is shut down mid-stream, another takes its journal over."""
