@@ -139,7 +139,8 @@ def _announce(console: Console, fleet: Fleet, local: int) -> None:
     settings = fleet.settings
     console.print(f"serving {settings.checkpoint} at [bold]{fleet.address}[/bold] (gRPC), {local} local instances")
     console.print(f"metrics at http://{settings.host}:{settings.metrics_port}/metrics")
-    console.print(f"agents join with: perennial agent --controller {settings.host}:{settings.control_port} …")
+    joining = f"--controller {settings.host}:{settings.control_port} --checkpoint {settings.checkpoint}"
+    console.print(f"agents join with: perennial agent {joining} --type {fleet.instance_type}", soft_wrap=True)
     console.print("Ctrl-C drains")
 
 

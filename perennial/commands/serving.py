@@ -74,6 +74,9 @@ def agent(
     device: Device = "cpu",
     dtype: Dtype = "",
     kv_memory_mb: KvMemory = 64,
+    host: Annotated[
+        str, typer.Option(help="Address of this machine at which the workers of others reach its.")
+    ] = "127.0.0.1",
     token_file: Annotated[Path | None, typer.Option(help="Join token; by default the one of this home.")] = None,
     notice_file: Annotated[str, typer.Option(help="A file whose appearance announces the end.")] = "",
 ) -> None:
@@ -91,6 +94,7 @@ def agent(
     token = token_file.read_text(encoding="ascii").strip() if token_file else settings.join_token()
     configuration = settings.serving(
         checkpoint=str(checkpoint.absolute()),
+        host=host,
         token=token,
         engine=engine_settings(device, dtype, kv_memory_mb << 20),
     )
