@@ -27,6 +27,7 @@ from serving.telemetry import Metrics
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.05
+_ANYWHERE = ("0.0.0.0", "::", "")
 _LEADERS_MARGIN_S = 0.5
 
 
@@ -57,6 +58,8 @@ class Controller:
     @classmethod
     async def open(cls, settings: ServingSettings) -> tuple[Controller, int]:
         """Load checkpoint, plan and journal, resume what is unfinished; returns the control port too."""
+        if settings.host in _ANYWHERE:
+            raise InvalidInput(f"workers must reach the controller at its host; give an address, not {settings.host}")
         spec = read_spec(settings.checkpoint)
         with CheckpointReader(settings.checkpoint) as reader:
             reader.verify(spec)  # workers would find out too, but far from whoever starts the service

@@ -93,6 +93,8 @@ class Fleet:
 
     def instance_joined(self, instance: InstanceState) -> None:
         """A complete instance."""
+        if instance.type not in {kind.name for kind in self.book.cluster.types}:
+            logger.warning("the plan book knows no %s: instance %s stays a spare", instance.type, instance.name)
         self._events.emit("instance_joined", instance=instance.name, type=instance.type, devices=instance.devices)
 
     def instance_noticed(self, instance: InstanceState, deadline_s: float, source: str) -> None:

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Position:
         return (self.role.stages - 1) * self.role.shards
 
 
-class StepLoop(threading.Thread):
+class StepLoop(threading.Thread, ABC):
     """Base of leader and follower. `fail` is called once, with a sentence, if the loop breaks."""
 
     def __init__(self, position: Position, fail: Callable[[str], None]) -> None:
@@ -112,8 +113,9 @@ class StepLoop(threading.Thread):
         self._stopped.set()
         self.position.group.abort()
 
+    @abstractmethod
     def _loop(self) -> None:
-        raise NotImplementedError  # pragma: no cover - both subclasses have one
+        """Step until there is a reason to stop."""
 
     def _later(self, pending: Pending) -> None:
         """Remember a send; wait for old ones so that no more than two steps' buffers stay alive."""

@@ -75,6 +75,11 @@ async def test_what_is_damaged_is_named_in_one_sentence(settings: ServingSetting
     assert "\n" not in str(caught.value)
 
 
+async def test_a_host_that_nobody_can_reach(settings: ServingSettings) -> None:
+    with pytest.raises(PerennialError, match="give an address, not 0.0.0.0"):
+        await Controller.open(msgspec.structs.replace(settings, host="0.0.0.0"))
+
+
 async def test_a_plan_for_another_model(settings: ServingSettings, spec: ModelSpec, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(plan_book(replace(spec, layers=9), {1: (1, 1, 1)}).to_bytes())
     with pytest.raises(PerennialError, match="layers differs from the checkpoint's; plan again"):
