@@ -76,7 +76,7 @@ async def test_what_is_damaged_is_named_in_one_sentence(settings: ServingSetting
 
 
 async def test_a_host_that_nobody_can_reach(settings: ServingSettings) -> None:
-    with pytest.raises(PerennialError, match="give an address, not 0.0.0.0"):
+    with pytest.raises(PerennialError, match=r"give an address, not 0\.0\.0\.0"):
         await Controller.open(msgspec.structs.replace(settings, host="0.0.0.0"))
 
 
