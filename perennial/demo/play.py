@@ -109,8 +109,8 @@ class Play:
         await self._fleet.wait_serving(timeout_s=_SETTLE_S)
         await self._audience()
         await self._fleet.reap()
-        staying = sorted(item.name for item in self._fleet.instances.values() if not item.leaving)
-        name = staying[action.victim % len(staying)]
+        candidates = await self._candidates(working=action.kind == "kill")
+        name = candidates[action.victim % len(candidates)]
         at_s = self.now_s
         if action.kind == "add":
             name = self._fleet.launch(1)[0]
@@ -119,6 +119,13 @@ class Play:
         else:
             await self._fleet.kill(name)
         self.actions.append(ActionRecord(time_s=at_s, kind=action.kind, instance=name, grace_s=action.grace_s))
+
+    async def _candidates(self, *, working: bool) -> list[str]:
+        """Instances that are not leaving; only those with a position if `working`: killing a spare shows nothing."""
+        staying = sorted(item.name for item in self._fleet.instances.values() if not item.leaving)
+        info = await self._fleet.info() if working else None
+        busy = {position.device.partition("/")[0] for position in info.positions} if info else set()
+        return [name for name in staying if name in busy] or staying
 
     async def _audience(self) -> None:
         """Wait a little for streams under way: a disturbance that nobody could notice shows nothing."""
