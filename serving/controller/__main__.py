@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from serving import lifeline, settings
@@ -29,20 +30,22 @@ async def _serve(configuration: settings.ServingSettings) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    controller, control_port = await Controller.open(configuration)
-    host = configuration.host
-    api, grpc_port = await server.start(
-        controller, host=host, port=configuration.grpc_port, message_bytes=configuration.capacity.message_bytes
-    )
-    metrics = serve_metrics(controller.metrics.registry, host, configuration.metrics_port)
-    lifeline.settle()
-    if configuration.ready_file:
-        addresses = {"grpc": f"{host}:{grpc_port}", "control": f"{host}:{control_port}"}
-        _announce(configuration.ready_file, {**addresses, "metrics": f"{host}:{metrics.port}", "pid": os.getpid()})
-    await stopping.wait()
-    await api.stop(1.0)
-    metrics.close()
-    await controller.close()
+    async with AsyncExitStack() as stack:
+        controller, control_port = await Controller.open(configuration)
+        stack.push_async_callback(controller.close)
+        host = configuration.host
+        api, grpc_port = await server.start(
+            controller, host=host, port=configuration.grpc_port, message_bytes=configuration.capacity.message_bytes
+        )
+        stack.push_async_callback(api.stop, 1.0)
+        metrics = serve_metrics(controller.metrics.registry, host, configuration.metrics_port)
+        stack.callback(metrics.close)
+        lifeline.settle()
+        if configuration.ready_file:
+            addresses = {"grpc": grpc_port, "control": control_port, "metrics": metrics.port}
+            ready = {name: f"{host}:{port}" for name, port in addresses.items()}
+            _announce(configuration.ready_file, {**ready, "pid": os.getpid()})
+        await stopping.wait()
 
 
 def main() -> int:

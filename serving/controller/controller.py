@@ -78,8 +78,11 @@ class Controller:
         _check_book(book, spec)
         controller = cls(settings, spec, tokenizer, book, version)
         controller._source = source
-        port = await controller._start()
-        return controller, port
+        try:
+            return controller, await controller._start()
+        except BaseException:
+            await controller.close()  # the journal's writer must not outlive the event loop
+            raise
 
     async def _start(self) -> int:
         unfinished = self._ledger.restore()

@@ -168,7 +168,7 @@ def test_128_devices_take_milliseconds(before: tuple[int, int, int], after: tupl
     new, usable = ParallelConfig(*after, 4), fleet(136, 4)[8:]
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()  # other processes of this machine are not to be measured
         assign(LARGE, new, usable, old=old, kv_tokens=[1000] * 4)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05
