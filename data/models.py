@@ -85,15 +85,6 @@ class ModelSpec:
         return self.family == "qwen3"
 
     @property
-    def learned_positions(self) -> bool:
-        """Whether positions are a learned table (OPT) instead of rotations."""
-        return self.family == "opt"
-
-    def kv_token_bytes(self, dtype_bytes: int) -> int:
-        """Bytes of K and V of one token over all layers and KV heads."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
-
-    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, each tensor counted once."""
         return sum(tensor.elements for tensor in tensors(self)) * self.dtype_bytes

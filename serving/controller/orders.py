@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data.layout import Device, Position
+from data.layout import Device, Layout
 from data.models import ModelSpec, kv_head_range
-from planning.resharding import KvBox, KvTransfer, kv_extent, kv_transfers
+from planning.resharding import KvBox, KvTransfer, kv_transfers, replica_extents
 from planning.transition import Transition
 from serving import messages as m
 from serving.controller.dispatch import Replica
@@ -92,11 +92,7 @@ def _roles(replica: Replica) -> dict[Device, m.Role]:
 
 def extents(spec: ModelSpec, replica: Replica) -> dict[Device, KvBox]:
     """Which KV every device of a replica keeps."""
-    shards = replica.config.shards
-    return {
-        device: kv_extent(spec, replica.config, Position(0, rank // shards, rank % shards))
-        for rank, device in enumerate(replica.devices)
-    }
+    return replica_extents(spec, Layout(replica.config, replica.devices), 0)
 
 
 @dataclass(frozen=True, slots=True)

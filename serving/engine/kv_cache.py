@@ -45,11 +45,6 @@ class KvCache:
         """Where the cache lives."""
         return self._paged.device
 
-    @property
-    def bytes_per_block(self) -> int:
-        """Bytes of one block over the layers and heads held here."""
-        return self._paged.nbytes // self.blocks if self.blocks else 0
-
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store `k`, `v` `[tokens, heads, head_dim]` of an absolute layer; slot = block × block_tokens + offset."""
         local = self._flat[layer - self.layers[0]]

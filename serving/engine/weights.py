@@ -122,19 +122,6 @@ class CheckpointReader:
         return self._handles[file]
 
 
-def read_box(reader: CheckpointReader, name: str, start: Sequence[int], stop: Sequence[int]) -> Tensor:
-    """The box `start` ≤ index < `stop` of one tensor of an open checkpoint."""
-    return reader.read(name, start, stop)
-
-
-def read_boxes(checkpoint: str, boxes: Sequence[tuple[str, tuple[slice, ...]]]) -> dict[str, Tensor]:
-    """Several boxes, by tensor name; every slice has a start and a stop."""
-    with CheckpointReader(checkpoint) as reader:
-        return {
-            name: reader.read(name, [part.start for part in box], [part.stop for part in box]) for name, box in boxes
-        }
-
-
 def load_weights(
     checkpoint: str, spec: ModelSpec, place: Place, *, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:

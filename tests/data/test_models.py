@@ -187,7 +187,3 @@ def test_json_round_trip() -> None:
     assert ModelSpec.from_json(model.to_json()) == model
     with pytest.raises(InvalidInput, match="not a model spec"):
         ModelSpec.from_json({**model.to_json(), "colour": "red"})
-
-
-def test_kv_bytes_of_a_token() -> None:
-    assert spec().kv_token_bytes(2) == 2 * 3 * 2 * 8 * 2

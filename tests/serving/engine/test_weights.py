@@ -10,7 +10,7 @@ from data.errors import CorruptData, InvalidInput, PerennialError, UnsupportedMo
 from data.layout import ParallelConfig, Position
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.place import Place
-from serving.engine.weights import CheckpointReader, load_weights, read_box, read_boxes, read_spec
+from serving.engine.weights import CheckpointReader, load_weights, read_spec
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_boxes(pristine: Path) -> None:
     whole = load_all(pristine)[name]
     with CheckpointReader(str(pristine)) as reader:
         assert name in reader.names
-        assert torch.equal(read_box(reader, name, (3, 0), (7, 32)), whole[3:7])
-    assert torch.equal(read_boxes(str(pristine), [(name, (slice(0, 2), slice(5, 9)))])[name], whole[:2, 5:9])
+        assert torch.equal(reader.read(name, (3, 0), (7, 32)), whole[3:7])
+        assert torch.equal(reader.read(name, (0, 5), (2, 9)), whole[:2, 5:9])
 
 
 def lose_shard(checkpoint: Path) -> None:
