@@ -241,14 +241,16 @@ class KvTransfer:
 
 
 def kv_transfers(
-    needed: Mapping[Device, KvBox], held: Mapping[Device, KvBox], *, distance: Distance = locality
+    needed: Mapping[Device, KvBox], held: Mapping[Device, KvBox | Sequence[KvBox]], *, distance: Distance = locality
 ) -> tuple[KvTransfer, ...] | None:
-    """Cover the cache extent of every device of a request's new replica from its old one, each cell once.
+    """Cover the cache extent of every device of a request's new replica from what is left, each cell once.
 
-    `held` lists the devices whose cache is still there. Returns None if some cell survives
-    nowhere: the request must be replayed. Sources are chosen as in `weight_transfers`.
+    `held` lists what each device still has, in its cache or as a copy. Every transfer lies within one
+    held box of its source. Returns None if some cell survives nowhere: the request must be replayed.
+    Sources are chosen as in `weight_transfers`.
     """
-    cover = _Cover({device: (_kv_as_box(kv),) for device, kv in held.items()}, distance)
+    boxes = {device: [kv] if isinstance(kv, KvBox) else kv for device, kv in held.items()}
+    cover = _Cover({device: [_kv_as_box(kv) for kv in kvs] for device, kvs in boxes.items()}, distance)
     result = []
     for destination in sorted(needed):
         for source, piece in cover.pieces(destination, _kv_as_box(needed[destination])):

@@ -36,6 +36,7 @@ class WorkerHello(Message):
     instance: str
     index: int
     pid: int
+    kv_address: str = ""  # where other workers' KV is kept
 
 
 class Heartbeat(Message):
@@ -70,11 +71,23 @@ class Prepared(Message):
 
 
 class Resident(Message):
-    """A running sequence with KV: how many tokens are cached, in which blocks."""
+    """A running sequence with KV: how many tokens are cached, in which blocks.
+
+    `life` is another one whenever its KV was given up and computed again.
+    """
 
     key: int
     cached_tokens: int
     blocks: list[int]
+    life: int = 0
+
+
+class Residents(Message):
+    """The leader goes on; at this step boundary these sequences have KV."""
+
+    epoch: int
+    replica: int
+    sequences: list[Resident]
 
 
 class Paused(Message):
@@ -84,17 +97,56 @@ class Paused(Message):
     sequences: list[Resident]
 
 
-class Moved(Message):
-    """All KV pieces of this worker were sent and received."""
+class Holding(msgspec.Struct, frozen=True, array_like=True):
+    """KV of the first `tokens` tokens of sequence `key`, of absolute layers and heads, at hand on a worker.
+
+    It was computed by `replica`. `kept`: it is a copy in host memory; otherwise it is in the cache of a
+    broken replica, in `blocks`.
+    """
+
+    replica: int
+    key: int
+    tokens: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+    kept: bool
+    blocks: list[int]
+
+
+class Holdings(Message):
+    """What a worker has of the replicas asked for."""
+
+    epoch: int
+    held: list[Holding]
+
+
+class Seat(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks set aside for a sequence."""
+
+    key: int
+    blocks: list[int]
+
+
+class Reserved(Message):
+    """Seats for sequences that join a running replica; those without one found no room."""
+
+    epoch: int
+    replica: int
+    seats: list[Seat]
+
+
+class Copied(Message):
+    """All KV pieces of a `Copy` were sent and received."""
 
     epoch: int
     sent_bytes: int
 
 
-class Activated(Message):
-    """The role of `epoch` is running."""
+class Switched(Message):
+    """The last KV pieces are in place, and this worker's role of `epoch` is running."""
 
     epoch: int
+    sent_bytes: int
 
 
 class Failed(Message):
@@ -186,25 +238,64 @@ class Pause(Message):
     replica: int
 
 
-class KvPiece(msgspec.Struct, frozen=True, array_like=True):
-    """KV of the first `tokens` tokens of sequence `key`: absolute layer and KV-head ranges; `blocks`
-    is the block table on this side."""
-
-    peer: str
-    key: int
-    tokens: int
-    blocks: list[int]
-    layers: tuple[int, int]
-    heads: tuple[int, int]
-
-
-class Move(Message):
-    """Exchange KV through the world of `epoch`: pieces read from the paused cache, pieces written into
-    the prepared one. Pieces to and from one peer are packed in this order."""
+class Snapshot(Message):
+    """To a leader: say what is resident at the next step boundary, and go on."""
 
     epoch: int
-    sends: list[KvPiece]
-    receives: list[KvPiece]
+    replica: int
+
+
+class Survey(Message):
+    """Say what KV of these replicas is at hand: in caches of broken ones, and in host memory."""
+
+    epoch: int
+    replicas: list[int]
+
+
+class Wanted(msgspec.Struct, frozen=True, array_like=True):
+    """Room for `tokens` tokens of sequence `key`."""
+
+    key: int
+    tokens: int
+
+
+class Reserve(Message):
+    """To the leader of a running replica: set blocks aside for sequences that will join it in `epoch`."""
+
+    epoch: int
+    replica: int
+    wanted: list[Wanted]
+
+
+class KvSpan(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens `start` … `stop` - 1 of sequence `key`; `blocks` is the block table on this side."""
+
+    key: int
+    start: int
+    stop: int
+    blocks: list[int]
+
+
+class KvPieces(msgspec.Struct, frozen=True, array_like=True):
+    """KV exchanged with `peer`: absolute layer and KV-head ranges of some spans, packed in this order.
+
+    `replica` says whose cache is read or written here; `kept`: the copy of it in host memory is read.
+    """
+
+    peer: str
+    replica: int
+    kept: bool
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+    spans: list[KvSpan]
+
+
+class Copy(Message):
+    """Exchange KV through the world of `epoch` while replicas go on decoding: what is cached never changes."""
+
+    epoch: int
+    sends: list[KvPieces]
+    receives: list[KvPieces]
 
 
 class Assignment(msgspec.Struct, frozen=True, array_like=True):
@@ -226,16 +317,40 @@ class Adoption(msgspec.Struct, frozen=True, array_like=True):
     blocks: list[int]
 
 
-class Activate(Message):
-    """Start the role prepared for `epoch`; `retire` are replicas whose state may now be dropped."""
+class Switch(Message):
+    """Exchange what KV is still missing, then start the role prepared for `epoch`, or let `adoptions` join.
+
+    `retire` are replicas whose state may be dropped afterwards.
+    """
 
     epoch: int
+    sends: list[KvPieces]
+    receives: list[KvPieces]
     adoptions: list[Adoption]
     retire: list[int]
 
 
 class Retire(Message):
     """Drop these replicas' loops, caches and groups now, whatever they are doing. Weights stay."""
+
+    replicas: list[int]
+
+
+class Salvage(Message):
+    """Stop the loop of a broken replica; its cache stays at hand until `Retire` or `Keep`."""
+
+    replica: int
+
+
+class Replicate(Message):
+    """Send a copy of the KV of `replica`, as it grows, to the worker that keeps at `address`; "" ends it."""
+
+    replica: int
+    address: str
+
+
+class Keep(Message):
+    """Copies and salvaged caches of all replicas but these may be dropped."""
 
     replicas: list[int]
 
@@ -284,9 +399,12 @@ Upward = (
     | Notice
     | WorkerExited
     | Prepared
+    | Residents
     | Paused
-    | Moved
-    | Activated
+    | Holdings
+    | Reserved
+    | Copied
+    | Switched
     | Failed
     | Tokens
 )
@@ -295,10 +413,16 @@ Downward = (
     | Rejected
     | Alive
     | Prepare
+    | Snapshot
     | Pause
-    | Move
-    | Activate
+    | Survey
+    | Reserve
+    | Copy
+    | Switch
     | Retire
+    | Salvage
+    | Replicate
+    | Keep
     | Abandon
     | Taken
     | Submit

@@ -36,6 +36,17 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     finished_kept: int = 4096  # finished requests that can still be attached to
     recoveries: int = 100  # reconfigurations a request may live through before ABORTED
     transfer_bytes: int = 64 << 20  # largest single point-to-point message
+    copy_share: float = 0.5  # of the time, moving KV while replicas decode
+
+
+class Replication(msgspec.Struct, frozen=True, kw_only=True):
+    """Copies of the KV in the memory of other instances. With `lag_steps` a replica waits where a decoding
+    request is that many tokens ahead of its copy; 0: it never waits.
+    """
+
+    enabled: bool = True
+    lag_steps: int = 0
+    frame_bytes: int = 16 << 20  # most that is copied at once
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +83,7 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
     ready_file: str = ""  # the controller writes its bound addresses here, atomically, when it serves
     timeouts: Timeouts = Timeouts()
     capacity: Capacity = Capacity()
+    replication: Replication = Replication()
     engine: EngineSettings = EngineSettings()
 
 

@@ -13,13 +13,14 @@ from data.plan import PlanBook
 from planning.resharding import Box
 from planning.transition import LiveReplica, Transition, common, plan_transition
 from serving import messages as m
+from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
 from serving.controller.events import EventLog
 from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
 from serving.controller.membership import InstanceState, Membership
 from serving.controller.phases import TransitionFailed
-from serving.controller.reconfiguration import Outcome, Reconfiguration
+from serving.controller.reconfiguration import Outcome, Reconfiguration, Stranded
 from serving.controller.records import Record
 from serving.controller.rendezvous import Rendezvous
 from serving.errors import Aborted
@@ -29,6 +30,7 @@ from serving.telemetry import Metrics
 logger = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 5.0
+_ATTEMPTS = 2  # to restore what a broken replica left, before it is replayed
 _DOUBLINGS = 10  # of the pause between attempts; more would overflow long before they were waited for
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -61,6 +63,10 @@ class Fleet:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._early: list[tuple[Device, m.Tokens]] = []  # from replicas that ran before all had said so
+        self._early_emissions: list[tuple[int, m.Emission]] = []  # of requests that joined a running replica
+        self._stranded: list[Stranded] = []  # broken replicas whose requests may be restored
+        self._former: set[int] = set()  # replicas of the layout before, whose copies are not yet superseded
+        self._copies = Copies(self.membership)
         self._replayed = 0  # requests queued to be recomputed since the last layout
         self._broken = False  # a replica failed since the last layout
 
@@ -147,18 +153,26 @@ class Fleet:
                 self._early.append((device, message))
             return
         replica.running, replica.waiting, replica.kv_usage = message.running, message.waiting, message.kv_usage
-        for emission in message.emissions:
-            record = replica.records.get(emission.key)
-            if record is None:
-                continue
-            if not self._ledger.take(record, emission):
-                self._break(replica, f"request {record.request.request_id} skipped a token")
-                return
-            if record.finish is not None:
-                self._let_go(record, told=emission.finish is not None)
+        if not self._absorb(replica, message.emissions):
+            return
         number = message.replica
         self._ledger.after_commit(lambda: self.membership.send(device, m.Taken(number, 1)))
         self.dispatch()
+
+    def _absorb(self, replica: Replica, emissions: Sequence[m.Emission]) -> bool:
+        """Give emissions to their records; False if one was skipped, which breaks the replica."""
+        for emission in emissions:
+            record = replica.records.get(emission.key)
+            if record is None:
+                if self._current is not None and self._current.grafts(emission.key):
+                    self._early_emissions.append((replica.number, emission))
+                continue
+            if not self._ledger.take(record, emission):
+                self._break(replica, f"request {record.request.request_id} skipped a token")
+                return False
+            if record.finish is not None:
+                self._let_go(record, told=emission.finish is not None)
+        return True
 
     def _let_go(self, record: Record, *, told: bool) -> None:
         """A record ended; its leader is told unless it said so itself."""
@@ -180,19 +194,36 @@ class Fleet:
             self.membership.send(replica.leader, m.Submit(number, [record.assignment(now) for record in records]))
 
     def _break(self, replica: Replica, reason: str) -> None:
-        """A replica failed: what it worked on is replayed elsewhere, its survivors drop it."""
+        """A replica failed: its requests wait until it is known what can be restored; survivors keep its KV."""
         if replica.number not in self.dispatcher.replicas:
             return
         self._events.emit("replica_failed", epoch=replica.epoch, replica=replica.number, reason=reason)
-        if self._current is not None and replica in self._current.retired:
+        if self._current is not None and replica in (*self._current.retired, *self._current.joined):
             # Its KV is gone, and with it the transfers that were planned.
             self._current.fail(f"replica {replica.number} failed: {reason}")
         self._broken = True
-        self._replay(self.dispatcher.drop([replica.number]))
+        self._strand(replica)
         for device in replica.devices:
-            self.membership.send(device, m.Retire([replica.number]))
+            self.membership.send(device, m.Salvage(replica.number))
         self.dispatch()
         self.fleet_changed()
+
+    def _strand(self, replica: Replica) -> None:
+        records = {record.key: record for record in self.dispatcher.drop([replica.number])}
+        for record in records.values():
+            record.replica = None
+        self._stranded.append(Stranded(replica.number, replica.devices, records))
+
+    def _unrestorable(self, records: Sequence[Record]) -> None:
+        self._replay([record for record in records if record.finish is None])
+        self.dispatch()
+
+    def _abandon_stranded(self, most_attempts: int) -> None:
+        """Replay what several attempts could not restore."""
+        hopeless = [one for one in self._stranded if one.attempts > most_attempts]
+        self._stranded = [one for one in self._stranded if one.attempts <= most_attempts]
+        for one in hopeless:
+            self._unrestorable(list(one.records.values()))
 
     def _replay(self, records: Sequence[Record]) -> None:
         """Queue requests to be recomputed from their journalled tokens; give up on the unlucky."""
@@ -251,9 +282,13 @@ class Fleet:
         target = self._target()
         transition = self._plan(target) if target else None
         if target is not None and transition is not None:
-            if not transition.empty:
+            if not transition.empty or self._stranded:
                 await self._carry_out(transition, target)
             self.config = target
+        elif self.dispatcher.replicas:
+            self._abandon_stranded(-1)
+        if self._settings.replication.enabled:
+            self._copies.arrange(self.dispatcher.replicas.values())
         self._report_capacity()
         self._dismiss_idle()
 
@@ -289,23 +324,43 @@ class Fleet:
         mode = "recovery" if self._broken else "planned"
         self._events.emit("reconfiguration_started", epoch=self.epoch, **{"from": before, "to": str(target)}, mode=mode)
         attempt = Reconfiguration(
-            self.epoch, transition, retired, self._spec, self._settings, self.membership, self._number, self._resident
+            self.epoch,
+            transition,
+            retired,
+            self._spec,
+            self._settings,
+            self.membership,
+            self._number,
+            self._resident,
+            kept=[self.dispatcher.replicas[number] for number in transition.keep],
+            stranded=list(self._stranded),
+            tell=lambda phase: self._events.emit(f"reconfiguration_{phase}", epoch=self.epoch),
+            unrestorable=self._unrestorable,
         )
-        self._current, self._early = attempt, []
+        self._current, self._early, self._early_emissions = attempt, [], []
         try:
             await self._journal.set_meta("epoch", self.epoch)
             outcome = await attempt.run(self._prepared, lambda: self._hold(retired))
         except Exception:
             attempt.undo()
-            if attempt.paused:
-                self._replay(self.dispatcher.drop(transition.retire))
-            if attempt.activated:  # who took its role over is not known; who did let go of other weights
-                for device in transition.needed.keys() & self._resident.keys():
-                    self._resident[device] = common(self._resident[device], transition.needed[device])
+            self._after_failure(attempt, retired)
             raise
         finally:
             self._current = None
         self._commit(transition, outcome, attempt, target, mode)
+
+    def _after_failure(self, attempt: Reconfiguration, retired: Sequence[Replica]) -> None:
+        for one in attempt.stranded:
+            one.attempts += 1
+        self._abandon_stranded(_ATTEMPTS)
+        if attempt.paused:
+            for replica in retired:
+                if replica.number in self.dispatcher.replicas:
+                    self._strand(replica)
+        if attempt.activated:  # who took its role over is not known; who did let go of other weights
+            needed = attempt.transition.needed
+            for device in needed.keys() & self._resident.keys():
+                self._resident[device] = common(self._resident[device], needed[device])
 
     def _number(self) -> int:
         self._last_number += 1
@@ -325,24 +380,46 @@ class Fleet:
         self._resident.update(outcome.resident)
         for replica in outcome.new:
             self.dispatcher.replicas[replica.number] = replica
-        for one in outcome.adopted:
-            record = one.source.records.pop(one.resident.key, None)
-            if record is None or record.finish is not None:  # ended while its KV was moving
-                self.membership.send(one.target.leader, m.Cancel(one.target.number, [one.resident.key]))
-            else:
-                self.dispatcher.bind(record, one.target)
+        self._rehome(outcome, attempt)
         self._replay(self.dispatcher.drop(transition.retire))
+        self._forget_stranded(attempt)
         self.config, self._broken = target, False
         if attempt.store is not None:
             self._stores[outcome.epoch] = attempt.store
         self._close_stores()
         self._report_layout(outcome, mode)
-        self._metrics.migration("move", len(outcome.adopted))
+        self._metrics.migration("move", len(outcome.heirs) - len(outcome.restored))
+        self._metrics.migration("restore", len(outcome.restored))
         for phase, seconds in outcome.seconds.items():
             self._metrics.reconfiguration(phase, seconds)
         for device, message in self._early:
             self._take(device, message)
+        for number, emission in self._early_emissions:
+            if number in self.dispatcher.replicas:
+                self._absorb(self.dispatcher.replicas[number], [emission])
+        self._copies.keep({*self.dispatcher.replicas, *self._former, *(one.number for one in self._stranded)})
+        self._former = set(self.dispatcher.replicas)
         self.dispatch()
+
+    def _rehome(self, outcome: Outcome, attempt: Reconfiguration) -> None:
+        """Bind every request whose KV was moved or restored to its replica; who ended meanwhile is cancelled there."""
+        for heir in outcome.heirs:
+            record = attempt.forget(heir.key)
+            if record is None or record.finish is not None:
+                self.membership.send(heir.target.leader, m.Cancel(heir.target.number, [heir.key]))
+                continue
+            record.recoveries += heir.key in outcome.restored
+            self.dispatcher.bind(record, heir.target)
+
+    def _forget_stranded(self, attempt: Reconfiguration) -> None:
+        """What could be restored of these replicas was; the rest is replayed, and their caches go."""
+        done = {one.number for one in attempt.stranded}
+        for one in attempt.stranded:
+            self._replay([record for record in one.records.values() if record.finish is None])
+        self._stranded = [one for one in self._stranded if one.number not in done]
+        if done:
+            for device in self.membership.connected_devices():
+                self.membership.send(device, m.Retire(sorted(done)))
 
     def _close_stores(self) -> None:
         in_use = {replica.epoch for replica in self.dispatcher.replicas.values()}
@@ -363,8 +440,10 @@ class Fleet:
             positions=positions,
             moved=outcome.moved,
             seconds=outcome.seconds,
-            requests_moved=len(outcome.adopted),
+            requests_moved=len(outcome.heirs) - len(outcome.restored),
+            requests_restored=len(outcome.restored),
             requests_replayed=self._replayed,
+            tokens_reexecuted=sorted(outcome.restored.values()),
         )
         self._replayed = 0
 

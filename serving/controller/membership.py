@@ -51,6 +51,7 @@ class Member:
     connection: Connection[m.Upward]
     seen_at: float
     pid: int
+    kv_address: str = ""
     steps: int = 0
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # its loss has been dealt with
 
@@ -133,6 +134,16 @@ class Membership:
         instance = self.instances.get(device.instance)
         return instance is not None and device.index in instance.workers
 
+    def connected_devices(self) -> tuple[Device, ...]:
+        """Every worker that can be spoken to, in order."""
+        return tuple(
+            Device(name, index) for name, one in sorted(self.instances.items()) for index in sorted(one.workers)
+        )
+
+    def kv_address(self, device: Device) -> str:
+        """Where a connected worker keeps copies of others' KV."""
+        return self.instances[device.instance].workers[device.index].kv_address
+
     def send(self, device: Device, message: m.Message) -> None:
         """Send to a worker; silently dropped if it is gone (its loss is reported on its own)."""
         instance = self.instances.get(device.instance)
@@ -197,7 +208,8 @@ class Membership:
             return
         await self._supersede(hello)
         connection.send(m.Welcome())
-        member = Member(connection, asyncio.get_running_loop().time(), hello.pid)
+        kv_address = hello.kv_address if isinstance(hello, m.WorkerHello) else ""
+        member = Member(connection, asyncio.get_running_loop().time(), hello.pid, kv_address)
         try:
             if isinstance(hello, m.AgentHello):
                 await self._serve_agent(hello, member)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from data.layout import Device, Layout
 from data.models import ModelSpec, kv_head_range
@@ -36,9 +37,10 @@ def kv_blocks(spec: ModelSpec, replica: Replica, engine: EngineSettings) -> int:
     return max(1, min(engine.kv_memory_bytes // widest, useful))
 
 
-def world_of(transition: Transition, new: Sequence[Replica], retired: Sequence[Replica]) -> tuple[Device, ...]:
-    """Everyone who takes part: new positions, devices that still hold KV, and sources of weights."""
-    members = {device for replica in (*new, *retired) for device in replica.devices}
+def world_of(transition: Transition, replicas: Sequence[Replica], holders: Iterable[Device] = ()) -> tuple[Device, ...]:
+    """Everyone who takes part: the devices of `replicas` (new, retired, joined), others that hold KV, and sources
+    of weights."""
+    members = {device for replica in replicas for device in replica.devices} | set(holders)
     for transfer in transition.weights.transfers:
         members |= {transfer.destination} | ({transfer.source} if transfer.source else set())
     return tuple(sorted(members))
@@ -96,58 +98,113 @@ def extents(spec: ModelSpec, replica: Replica) -> dict[Device, KvBox]:
 
 
 @dataclass(frozen=True, slots=True)
-class Adopted:
-    """A sequence whose KV moves from one replica to another, and its block table there."""
+class Source:
+    """KV of a sequence on a device: of which layers and heads, how many tokens, in which replica's cache or copy."""
 
-    resident: m.Resident
-    source: Replica
+    device: Device
+    box: KvBox
+    tokens: int
+    replica: int
+    kept: bool
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heir:
+    """A sequence whose first `tokens` tokens of KV go to `target`, into `blocks`, from any of `sources`."""
+
+    key: int
+    tokens: int
+    sources: tuple[Source, ...]
     target: Replica
     blocks: tuple[int, ...]
 
 
-def adopt(
-    residents: Mapping[int, Sequence[m.Resident]],
-    heirs: Mapping[int, Replica],
-    replicas: Mapping[int, Replica],
-    block_tokens: int,
-) -> list[Adopted]:
-    """Give every resident sequence a place in the heir of its replica while the heir has room.
+def live_sources(spec: ModelSpec, replica: Replica, resident: m.Resident) -> tuple[Source, ...]:
+    """A sequence in a replica whose devices all work."""
+    blocks = tuple(resident.blocks)
+    return tuple(
+        Source(device, box, resident.cached_tokens, replica.number, kept=False, blocks=blocks)
+        for device, box in extents(spec, replica).items()
+    )
 
-    `residents` by retired replica number; those without a place are replayed instead.
+
+def found_sources(held: Mapping[Device, Sequence[m.Holding]]) -> dict[int, list[Source]]:
+    """What a survey found, by sequence."""
+    found: dict[int, list[Source]] = defaultdict(list)
+    for device, holdings in held.items():
+        for one in holdings:
+            box = KvBox(one.layers, one.heads)
+            found[one.key].append(Source(device, box, one.tokens, one.replica, one.kept, tuple(one.blocks)))
+    return dict(found)
+
+
+class Lane(NamedTuple):
+    """A way that KV of some sequences takes, from a cache (or a copy) of one replica into that of another."""
+
+    source: Device
+    destination: Device
+    replica: int
+    kept: bool
+    target: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+
+Pieces = dict[Device, list[m.KvPieces]]
+
+
+def kv_pieces(spec: ModelSpec, heirs: Sequence[Heir], starts: Mapping[int, int]) -> tuple[Pieces, Pieces]:
+    """What every device sends and what it receives so that tokens `starts[key]` (default 0) … are in place.
+
+    Pieces between one pair of devices are in the same order on both sides.
     """
-    used: dict[int, int] = defaultdict(int)
-    count: dict[int, int] = defaultdict(int)
-    adopted = []
-    for number in sorted(residents):
-        heir = heirs.get(number)
-        if heir is None:
-            continue
-        for resident in residents[number]:
-            size = -(-resident.cached_tokens // block_tokens)
-            start = used[heir.number]
-            # One spare block per sequence: each must be able to take its next token.
-            if count[heir.number] >= heir.config.max_batch or start + size + count[heir.number] + 1 > heir.kv_blocks:
-                continue
-            blocks = tuple(range(start, start + size))
-            adopted.append(Adopted(resident, replicas[number], heir, blocks))
-            used[heir.number] += size
-            count[heir.number] += 1
-    return adopted
+    lanes: dict[Lane, list[tuple[m.KvSpan, m.KvSpan]]] = defaultdict(list)
+    routes = _Routes(spec)
+    for heir in heirs:
+        start = starts.get(heir.key, 0)
+        if start < heir.tokens:
+            for source, one in routes.of(heir):
+                lane = Lane(
+                    one.source, one.destination, source.replica, source.kept, heir.target.number, one.layers, one.heads
+                )
+                spans = (m.KvSpan(heir.key, start, heir.tokens, list(side.blocks)) for side in (source, heir))
+                lanes[lane].append(tuple(spans))  # type: ignore[arg-type]
+    sends: Pieces = defaultdict(list)
+    receives: Pieces = defaultdict(list)
+    for lane, pairs in lanes.items():
+        box = lane.layers, lane.heads
+        there, here = str(lane.destination), str(lane.source)
+        sends[lane.source].append(m.KvPieces(there, lane.replica, lane.kept, *box, [out for out, _ in pairs]))
+        receives[lane.destination].append(m.KvPieces(here, lane.target, False, *box, [into for _, into in pairs]))
+    return sends, receives
 
 
-def move_orders(epoch: int, spec: ModelSpec, adopted: Sequence[Adopted]) -> dict[Device, m.Move]:
-    """The `Move` of every device that sends or receives KV; pieces in the same order on both sides."""
-    sends: dict[Device, list[m.KvPiece]] = defaultdict(list)
-    receives: dict[Device, list[m.KvPiece]] = defaultdict(list)
-    routes: dict[tuple[int, int], tuple[KvTransfer, ...]] = {}
-    for one in adopted:
-        pair = one.source.number, one.target.number
-        if pair not in routes:
-            routes[pair] = kv_transfers(extents(spec, one.target), extents(spec, one.source)) or ()
-        key, tokens = one.resident.key, one.resident.cached_tokens
-        for route in routes[pair]:
-            ranges = route.layers, route.heads
-            there, here = str(route.destination), str(route.source)
-            sends[route.source].append(m.KvPiece(there, key, tokens, list(one.resident.blocks), *ranges))
-            receives[route.destination].append(m.KvPiece(here, key, tokens, list(one.blocks), *ranges))
-    return {device: m.Move(epoch, sends[device], receives[device]) for device in sorted({*sends, *receives})}
+class _Routes:
+    """Which device sends which layers and heads; sequences in the same places share their routes."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._known: dict[object, tuple[tuple[int, KvTransfer], ...]] = {}
+
+    def of(self, heir: Heir) -> list[tuple[Source, KvTransfer]]:
+        """Pairs of a source and what it sends of the sequence."""
+        usable = [source for source in heir.sources if source.tokens >= heir.tokens]
+        pattern = heir.target.number, tuple((one.device, one.box, one.replica, one.kept) for one in usable)
+        if pattern not in self._known:
+            self._known[pattern] = tuple(self._route(usable, heir.target))
+        return [(usable[index], transfer) for index, transfer in self._known[pattern]]
+
+    def _route(self, usable: Sequence[Source], target: Replica) -> Iterator[tuple[int, KvTransfer]]:
+        held: dict[Device, list[KvBox]] = defaultdict(list)
+        for source in usable:
+            held[source.device].append(source.box)
+        for transfer in kv_transfers(extents(self._spec, target), held) or ():
+            part = KvBox(transfer.layers, transfer.heads)
+            # A cache on the device is read rather than a copy in its host memory.
+            fitting = [
+                (source.kept, index)
+                for index, source in enumerate(usable)
+                if source.device == transfer.source and source.box.overlap(part) == part
+            ]
+            yield min(fitting)[1], transfer

@@ -33,6 +33,10 @@ class Phase(Generic[Answer]):
             self.answers[device] = answer
             self._finish_if_complete()
 
+    def expects(self, device: Device) -> bool:
+        """Whether the answer of a worker is still missing."""
+        return device in self._missing
+
     def fail(self, reason: str) -> None:
         """The phase cannot complete."""
         if not self._done.done():

@@ -1,7 +1,7 @@
-"""Carries a transition out: prepare in the background, pause, move KV, activate; or fail and say where.
+"""Carries a transition out: prepare and copy in the background, pause, move the rest, switch; or fail and say where.
 
-While replicas prepare, everything goes on serving. From the pause on, the retired replicas' requests
-are in nobody's hands; if anything fails then, they are replayed from the journal.
+While replicas prepare and KV is copied, everything goes on serving. From the pause on, the retired
+replicas' requests are in nobody's hands; if anything fails then, their KV is salvaged for the next attempt.
 """
 
 from __future__ import annotations
@@ -15,16 +15,31 @@ from typing import Any, Protocol
 from data.layout import Device
 from data.models import ModelSpec
 from planning.resharding import Box
+from planning.restoration import restorable_tokens
 from planning.transition import Transition, retained
 from serving import messages as m
 from serving.controller.dispatch import Replica
-from serving.controller.orders import Adopted, adopt, kv_blocks, move_orders, prepare_orders, world_of
+from serving.controller.orders import (
+    Heir,
+    Source,
+    found_sources,
+    kv_blocks,
+    kv_pieces,
+    live_sources,
+    prepare_orders,
+    world_of,
+)
 from serving.controller.phases import Phase, TransitionFailed
 from serving.controller.records import Record
 from serving.controller.rendezvous import Rendezvous
+from serving.controller.seating import Seating
 from serving.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
+
+_ROUNDS = 3  # of copying in the background
+_SHORT_COPY_S = 0.1  # after a copy as quick as this the rest is small
+_GROWTH_TOKENS = 64  # room kept for what a sequence adds while it is copied into a running replica
 
 
 class Workers(Protocol):
@@ -36,22 +51,43 @@ class Workers(Protocol):
     def connected(self, device: Device) -> bool:
         """Whether a worker can be spoken to."""
 
+    def connected_devices(self) -> tuple[Device, ...]:
+        """All workers that can be spoken to."""
+
+
+@dataclass(slots=True)
+class Stranded:
+    """A replica that broke: its requests wait for what is left of their KV."""
+
+    number: int
+    devices: tuple[Device, ...]
+    records: dict[int, Record]
+    attempts: int = 0
+
 
 @dataclass(slots=True)
 class Outcome:
-    """What a reconfiguration did: the replicas it built, the sequences it moved, and what it cost."""
+    """What a reconfiguration did: the replicas it built, the sequences it moved or restored, and what it cost.
+
+    `restored` are tokens that restored requests have to compute again although they had been delivered.
+    """
 
     epoch: int
     new: list[Replica]
-    adopted: list[Adopted]
+    heirs: list[Heir]
     resident: dict[Device, tuple[Box, ...]]
+    restored: dict[int, int] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Reconfiguration:
-    """One attempt to carry out `transition` as `epoch`. `retired` are the healthy replicas it ends."""
+    """One attempt to carry out `transition` as `epoch`.
+
+    `retired` are the healthy replicas it ends, `kept` those it leaves alone, `stranded` broken ones whose
+    requests may be restored. `unrestorable` is told at once which of those have to be replayed.
+    """
 
     epoch: int
     transition: Transition
@@ -61,13 +97,25 @@ class Reconfiguration:
     workers: Workers
     number: Callable[[], int]
     resident: Mapping[Device, tuple[Box, ...]]
+    kept: Sequence[Replica] = ()
+    stranded: Sequence[Stranded] = ()
+    tell: Callable[[str], None] = lambda phase: None
+    unrestorable: Callable[[Sequence[Record]], None] = lambda records: None
     new: list[Replica] = field(default_factory=list)
     world: tuple[Device, ...] = ()
+    joined: Sequence[Replica] = ()  # running replicas that sequences are about to join
     paused: bool = False
     activated: bool = False  # some may have taken their new roles over
     _failure: str = ""
-    _records: dict[int, Record] = field(default_factory=dict)
     _phase: Phase[Any] | None = None
+    _sources: dict[int, tuple[Source, ...]] = field(default_factory=dict)  # of stranded sequences
+    _restorable: dict[int, int] = field(default_factory=dict)
+    _records: dict[int, Record] = field(default_factory=dict)  # of all that may be adopted
+    _seating: dict[int, Seating] = field(default_factory=dict)  # by new replica
+    _reserved: dict[int, dict[int, list[int]]] = field(default_factory=dict)  # by kept replica
+    _sequences: dict[int, m.Resident] = field(default_factory=dict)
+    _homes: dict[int, Replica] = field(default_factory=dict)  # where a sequence goes
+    _copied: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens of which life are in place
     store: Rendezvous | None = None  # lives as long as the epoch's replicas: NCCL connects lazily
 
     # -- what the controller hears meanwhile ---------------------------------------------------------
@@ -87,12 +135,23 @@ class Reconfiguration:
 
     def lost(self, device: Device, reason: str) -> None:
         """A worker is gone. A participant's loss ends the attempt: its groups are broken."""
-        if device in self.world:
+        if device in self.world or (self._phase is not None and self._phase.expects(device)):
             self.fail(f"{device} was lost ({reason})")
 
     def builds(self, number: int) -> bool:
         """Whether replica `number` is one of the new ones."""
         return any(replica.number == number for replica in self.new)
+
+    def grafts(self, key: int) -> bool:
+        """Whether a sequence may have joined a running replica by now."""
+        return self.activated and any(key in seats for seats in self._reserved.values())
+
+    def forget(self, key: int) -> Record | None:
+        """Take a sequence away from the replica it came from; None if that has ended with it."""
+        for records in [*(one.records for one in self.retired), *(one.records for one in self.stranded)]:
+            if key in records:
+                return records.pop(key)
+        return None
 
     def fail(self, reason: str) -> None:
         """End the attempt at once; between two phases, before the next one."""
@@ -116,23 +175,23 @@ class Reconfiguration:
         clock = asyncio.get_running_loop().time
         started = clock()
         self._build()
+        await self._survey()
         prepared = await self._prepare()
         ready = clock()
         on_prepared(ready - started)
+        copied_bytes = await self._copy_while_serving()
+        copied = clock()
         on_pause()
-        residents = await self._pause()
+        await self._pause()
         stopped = clock()
-        adopted = self._adopt(residents)
-        # A request may end while its KV moves; it is adopted all the same, and cancelled afterwards.
-        self._records = {one.resident.key: one.source.records[one.resident.key] for one in adopted}
-        kv_bytes = await self._move(adopted)
-        moved = clock()
-        await self._activate(adopted)
-        self._check("activate")
+        heirs = self._heirs()
+        sent_bytes = await self._switch(heirs)
+        self._check("switch")
         ended = clock()
-        seconds = {"prepare": ready - started, "pause": stopped - ready}
-        seconds |= {"transfer": moved - stopped, "activate": ended - moved, "total": ended - started}
-        return Outcome(self.epoch, self.new, adopted, self._residency(), self._moved(prepared, kv_bytes), seconds)
+        seconds = {"prepare": ready - started, "copy": copied - ready, "pause": stopped - copied}
+        seconds |= {"transfer": ended - stopped, "total": ended - started}
+        moved = self._moved(prepared, copied_bytes, sent_bytes)
+        return Outcome(self.epoch, self.new, heirs, self._residency(), self._reexecuted(heirs), moved, seconds)
 
     def _build(self) -> None:
         config = self.transition.config
@@ -140,8 +199,7 @@ class Reconfiguration:
             replica = Replica(self.number(), self.epoch, config, planned.devices, 0)
             replica.kv_blocks = kv_blocks(self.spec, replica, self.settings.engine)
             self.new.append(replica)
-        sources = self.retired if self.new else ()
-        self.world = world_of(self.transition, self.new, sources)
+        self._seating = {one.number: Seating(one.kv_blocks, self.settings.engine.block_tokens) for one in self.new}
 
     async def _ask(
         self, name: str, orders: Mapping[Device, m.Message], timeout_s: float, expected: Iterable[Device] | None = None
@@ -154,7 +212,49 @@ class Reconfiguration:
             self.workers.send(device, order)
         return await self._phase.wait(timeout_s)
 
+    # -- what broken replicas left -----------------------------------------------------------------------
+
+    async def _survey(self) -> None:
+        """Find what is left of stranded sequences; those of which nothing is left are given up to replay."""
+        if not self.stranded:
+            return
+        order = m.Survey(self.epoch, [one.number for one in self.stranded])
+        orders = dict.fromkeys(self.workers.connected_devices(), order)
+        answers = await self._ask("survey", orders, self.settings.timeouts.pause_s)
+        found = found_sources({device: answer.held for device, answer in answers.items()})
+        lost = []
+        for stranded in self.stranded:
+            for key, record in list(stranded.records.items()):
+                tokens = self._watermark(record, found.get(key, []))
+                if tokens and (self.new or self.kept):
+                    self._sources[key], self._restorable[key] = tuple(found[key]), tokens
+                    self._records[key] = record
+                else:
+                    lost.append(stranded.records.pop(key))
+        self.unrestorable(lost)
+
+    def _watermark(self, record: Record, sources: Sequence[Source]) -> int:
+        """How many tokens can be restored: never the last known one, whose logits are needed."""
+        left = restorable_tokens(self.spec, [(source.box, source.tokens) for source in sources])
+        return max(0, min(left, len(record.request.prompt) + len(record.output) - 1))
+
+    def _reexecuted(self, heirs: Sequence[Heir]) -> dict[int, int]:
+        """Generated tokens of restored requests, but for the last, whose KV has to be computed again."""
+        result = {}
+        for heir in heirs:
+            if heir.key in self._restorable:
+                record = self._records[heir.key]
+                known = len(record.request.prompt) + len(record.output) - 1
+                result[heir.key] = min(known - heir.tokens, max(0, len(record.output) - 1))
+        return result
+
+    # -- in the background -------------------------------------------------------------------------------
+
     async def _prepare(self) -> dict[Device, m.Prepared]:
+        holders = {source.device for sources in self._sources.values() for source in sources}
+        self.joined = self._join()
+        sources = self.retired if self.new or self.joined else ()
+        self.world = world_of(self.transition, [*self.new, *sources, *self.joined], holders if self._records else ())
         if not self.world:
             return {}
         timeout_s = self.settings.timeouts.prepare_s
@@ -162,53 +262,159 @@ class Reconfiguration:
         orders = prepare_orders(self.epoch, self.store.address, self.transition, self.new, self.world)
         return await self._ask("prepare", orders, timeout_s)
 
-    async def _pause(self) -> dict[int, Sequence[m.Resident]]:
-        self.paused = True
-        orders = {replica.leader: m.Pause(replica.number) for replica in self.retired}
-        answers = await self._ask("pause", orders, self.settings.timeouts.pause_s)
+    def _join(self) -> Sequence[Replica]:
+        """Running replicas that sequences join because no new one is built for them."""
+        waiting = self._records or any(one.records for one in self.retired)
+        return self.kept if waiting and not self.new else ()
+
+    async def _copy_while_serving(self) -> int:
+        """Copy what is cached while everyone decodes, until little is left; returns the bytes sent."""
+        if not self.world or not (self.retired or self.joined):
+            return 0
+        self.tell("copying")
+        clock = asyncio.get_running_loop().time
+        sent = 0
+        for _ in range(_ROUNDS):
+            began = clock()
+            self._take_in(await self._snapshot())
+            await self._reserve()
+            sent += await self._copy(self._heirs())
+            if clock() - began < _SHORT_COPY_S:
+                break
+        return sent
+
+    async def _snapshot(self) -> dict[int, Sequence[m.Resident]]:
+        orders = {replica.leader: m.Snapshot(self.epoch, replica.number) for replica in self.retired}
+        answers = await self._ask("snapshot", orders, self.settings.timeouts.pause_s)
         return {answer.replica: answer.sequences for answer in answers.values()}
 
-    def _adopt(self, residents: Mapping[int, Sequence[m.Resident]]) -> list[Adopted]:
-        heirs = {
-            number: replica
-            for planned, replica in zip(self.transition.new, self.new, strict=True)
-            for number in planned.inherits
-        }
-        replicas = {replica.number: replica for replica in self.retired}
-        known = {
-            number: [resident for resident in sequences if resident.key in replicas[number].records]
-            for number, sequences in residents.items()
-        }
-        return adopt(known, heirs, replicas, self.settings.engine.block_tokens)
+    async def _pause(self) -> None:
+        self.paused = True
+        self.tell("paused")
+        orders = {replica.leader: m.Pause(replica.number) for replica in self.retired}
+        answers = await self._ask("pause", orders, self.settings.timeouts.pause_s)
+        self._take_in({answer.replica: answer.sequences for answer in answers.values()})
 
-    async def _move(self, adopted: Sequence[Adopted]) -> int:
-        orders = move_orders(self.epoch, self.spec, adopted)
-        answers = await self._ask("move", orders, self.settings.timeouts.switch_s)
+    def _take_in(self, residents: Mapping[int, Sequence[m.Resident]]) -> None:
+        """Note where retired replicas' sequences are now, and seat them; who ended leaves its seat."""
+        replicas = {replica.number: replica for replica in self.retired}
+        self._sequences = {}
+        for number, sequences in residents.items():
+            for one in sequences:
+                record = replicas[number].records.get(one.key)
+                if record is not None:
+                    self._records[one.key], self._sequences[one.key] = record, one
+                    self._sources[one.key] = live_sources(self.spec, replicas[number], one)
+        present = self._sequences.keys() | self._restorable.keys()
+        for seating in self._seating.values():
+            for key in [key for key in seating.seats if key not in present]:
+                seating.leave(key)
+        self._seat()
+
+    def _tokens(self, key: int) -> int:
+        return self._restorable[key] if key in self._restorable else self._sequences[key].cached_tokens
+
+    def _seat(self) -> None:
+        """Give every sequence blocks in a new replica: its heir, but no heir more than its share."""
+        keys = sorted(self._restorable.keys() | self._sequences.keys())
+        if not self.new or not keys:
+            return
+        share = -(-len(keys) // len(self.new))
+        for key in keys:
+            home = self._homes.get(key)
+            options = [home] if home is not None else sorted(self.new, key=lambda one: self._rank(key, one, share))
+            for replica in options:
+                if self._seating[replica.number].fit(key, self._tokens(key)):
+                    self._homes[key] = replica
+                    break
+
+    def _rank(self, key: int, replica: Replica, share: int) -> tuple[bool, bool, int, int]:
+        seated = len(self._seating[replica.number].seats)
+        planned = self.transition.new[self.new.index(replica)]
+        return seated >= share, self._records[key].replica not in planned.inherits, seated, replica.number
+
+    async def _reserve(self) -> None:
+        """Ask running replicas for room, the emptiest first, for sequences that have none yet."""
+        if not self.joined:
+            return
+        wanted: dict[int, list[m.Wanted]] = {one.number: [] for one in self.joined}
+        loads = {one.number: len(one.records) for one in self.joined}
+        by_number = {one.number: one for one in self.joined}
+        for key in sorted(self._restorable.keys() | self._sequences.keys()):
+            if key not in self._homes:
+                number = min(loads, key=lambda one: (loads[one], one))
+                loads[number] += 1
+                wanted[number].append(m.Wanted(key, self._tokens(key) + _GROWTH_TOKENS))
+        orders = {by_number[n].leader: m.Reserve(self.epoch, n, keys) for n, keys in wanted.items() if keys}
+        answers = await self._ask("reserve", orders, self.settings.timeouts.pause_s)
+        for answer in answers.values():
+            seats = self._reserved.setdefault(answer.replica, {})
+            for seat in answer.seats:
+                seats[seat.key], self._homes[seat.key] = seat.blocks, by_number[answer.replica]
+
+    def _heirs(self) -> list[Heir]:
+        """Every sequence that has a seat large enough, as it is now."""
+        heirs = []
+        for key in sorted(self._homes):
+            if key not in self._restorable and key not in self._sequences:
+                continue
+            home, tokens = self._homes[key], self._tokens(key)
+            seating = self._seating.get(home.number)
+            blocks = seating.seats.get(key) if seating is not None else self._reserved[home.number].get(key)
+            if blocks is not None and tokens <= len(blocks) * self.settings.engine.block_tokens:
+                heirs.append(Heir(key, tokens, self._sources[key], home, tuple(blocks)))
+        return heirs
+
+    def _life(self, key: int) -> int:
+        return self._sequences[key].life if key in self._sequences else 0
+
+    def _starts(self, heirs: Sequence[Heir]) -> dict[int, int]:
+        """From which token on a sequence's KV is still missing where it goes."""
+        copied = {heir.key: self._copied.get(heir.key, (0, 0)) for heir in heirs}
+        return {key: tokens for key, (tokens, life) in copied.items() if life == self._life(key)}
+
+    async def _copy(self, heirs: Sequence[Heir]) -> int:
+        sends, receives = kv_pieces(self.spec, heirs, self._starts(heirs))
+        involved = sorted({*sends, *receives})
+        orders = {one: m.Copy(self.epoch, sends.get(one, []), receives.get(one, [])) for one in involved}
+        answers = await self._ask("copy", orders, self.settings.timeouts.prepare_s)
+        self._copied |= {heir.key: (heir.tokens, self._life(heir.key)) for heir in heirs}
         return sum(answer.sent_bytes for answer in answers.values())
 
-    async def _activate(self, adopted: Sequence[Adopted]) -> None:
+    # -- the switch --------------------------------------------------------------------------------------
+
+    async def _switch(self, heirs: Sequence[Heir]) -> int:
         self.activated = True
         now = asyncio.get_running_loop().time()
         retire = [replica.number for replica in self.retired]
-        inherited: dict[Device, list[m.Adoption]] = {}
-        for one in adopted:
-            record = self._records[one.resident.key]
-            adoption = m.Adoption(record.assignment(now), one.resident.cached_tokens, list(one.blocks))
-            inherited.setdefault(one.target.leader, []).append(adoption)
-        orders = {device: m.Activate(self.epoch, inherited.get(device, []), retire) for device in self.world}
-        await self._ask("activate", orders, self.settings.timeouts.switch_s)
+        adoptions: dict[Device, list[m.Adoption]] = {}
+        for heir in heirs:
+            adoption = m.Adoption(self._records[heir.key].assignment(now), heir.tokens, list(heir.blocks))
+            adoptions.setdefault(heir.target.leader, []).append(adoption)
+        sends, receives = kv_pieces(self.spec, heirs, self._starts(heirs))
+        orders = {
+            device: m.Switch(
+                self.epoch, sends.get(device, []), receives.get(device, []), adoptions.get(device, []), retire
+            )
+            for device in self.world
+        }
+        answers = await self._ask("switch", orders, self.settings.timeouts.switch_s)
         for device in {device for replica in self.retired for device in replica.devices} - set(self.world):
             self.workers.send(device, m.Retire(retire))
+        return sum(answer.sent_bytes for answer in answers.values())
 
     def undo(self) -> None:
-        """After a failure: every participant forgets the epoch; replicas that were paused are lost."""
-        numbers = [replica.number for replica in self.new]
-        if self.paused:
-            numbers += [replica.number for replica in self.retired]
+        """After a failure: every participant forgets the epoch; the caches of paused replicas are salvaged."""
         involved = {*self.world, *(device for replica in self.retired for device in replica.devices)}
+        numbers = [replica.number for replica in self.new]
+        for replica in self.kept:
+            self.workers.send(replica.leader, m.Cancel(replica.number, list(self._reserved.get(replica.number, {}))))
         for device in involved:
             self.workers.send(device, m.Abandon(self.epoch))
             self.workers.send(device, m.Retire(numbers))
+            if self.paused:
+                for replica in self.retired:
+                    self.workers.send(device, m.Salvage(replica.number))
         if self.store is not None:
             self.store.close()
 
@@ -217,12 +423,13 @@ class Reconfiguration:
             device: retained(self.resident.get(device, ()), boxes) for device, boxes in self.transition.needed.items()
         }
 
-    def _moved(self, prepared: Mapping[Device, m.Prepared], kv_bytes: int) -> dict[str, int]:
+    def _moved(self, prepared: Mapping[Device, m.Prepared], copied_bytes: int, sent_bytes: int) -> dict[str, int]:
         weights = self.transition.weights
         return {
             "weights_local_bytes": weights.local_bytes,
             "weights_intra_bytes": weights.intra_instance_bytes,
             "weights_inter_bytes": weights.inter_instance_bytes,
             "weights_disk_bytes": sum(answer.disk_bytes for answer in prepared.values()),
-            "kv_bytes": kv_bytes,
+            "kv_bytes": copied_bytes + sent_bytes,
+            "kv_copied_bytes": copied_bytes,
         }

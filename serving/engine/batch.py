@@ -24,10 +24,11 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One step of one replica; `step` counts up within an epoch."""
+    """One step of one replica; `step` counts up within an epoch. `ended` are sequences that gave their KV up."""
 
     step: int
     sequences: list[SequenceStep]
+    ended: list[int] = []
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):

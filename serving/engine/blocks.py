@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def blocks_for(tokens: int, block_tokens: int) -> int:
@@ -39,6 +39,14 @@ class BlockAllocator:
         taken = [self._free.pop() for _ in range(count)]
         self._used.update(taken)
         return taken
+
+    def claim(self, blocks: Sequence[int]) -> None:
+        """Take exactly these blocks. Raises `ValueError` if one is not free."""
+        wanted = set(blocks)
+        if len(wanted) != len(blocks) or not wanted <= set(self._free):
+            raise ValueError(f"KV blocks {sorted(wanted - set(self._free))} are not free")
+        self._free = [block for block in self._free if block not in wanted]
+        self._used |= wanted
 
     def free(self, blocks: Iterable[int]) -> None:
         """Give blocks back. Raises `ValueError` for a block that is not in use."""

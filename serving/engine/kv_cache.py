@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from serving.engine.blocks import BlockAllocator, blocks_for
 
-__all__ = ["BlockAllocator", "KvCache", "blocks_for"]
+__all__ = ["BlockAllocator", "KvCache", "blocks_for", "slots"]
 
 
 class KvCache:
@@ -73,6 +75,18 @@ class KvCache:
         local = self._box(layers, heads)
         local.index_copy_(2, self._slots(blocks, tokens), data.to(local))
 
+    def gather(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
+        """A contiguous copy `[layers, 2, slots, heads, head_dim]` of cells, of absolute ranges held here."""
+        return self._box(layers, heads).index_select(2, slots).contiguous()
+
+    def scatter(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], data: Tensor) -> None:
+        """Store what `gather` returned, perhaps elsewhere, for as many slots and the same ranges."""
+        self._box(layers, heads).index_copy_(2, slots, data.to(self._flat.device, self._flat.dtype))
+
+    def slots(self, blocks: Sequence[int], start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where tokens `start` … `stop` - 1 of a sequence with this block table are."""
+        return slots(blocks, start, stop, self.block_tokens)
+
     def _box(self, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
         if not _within(layers, self.layers) or not _within(heads, self.heads):
             raise ValueError(
@@ -84,10 +98,18 @@ class KvCache:
         ]
 
     def _slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
-        if blocks_for(tokens, self.block_tokens) > len(blocks):
-            raise ValueError(f"{tokens} tokens do not fit in {len(blocks)} blocks of {self.block_tokens}")
-        table = torch.tensor(blocks, dtype=torch.long, device=self.device)[:, None] * self.block_tokens
-        return (table + torch.arange(self.block_tokens, device=self.device)).reshape(-1)[:tokens]
+        return torch.from_numpy(self.slots(blocks, 0, tokens)).to(self.device)
+
+
+def slots(blocks: Sequence[int], start: int, stop: int, block_tokens: int) -> npt.NDArray[np.int64]:
+    """Cache slots of tokens `start` … `stop` - 1: block × `block_tokens` + offset. Raises `ValueError` if they do
+    not fit in the table."""
+    if blocks_for(stop, block_tokens) > len(blocks):
+        raise ValueError(f"{stop} tokens do not fit in {len(blocks)} blocks of {block_tokens}")
+    positions = np.arange(start, stop, dtype=np.int64)
+    table = np.asarray(blocks, dtype=np.int64)
+    found: npt.NDArray[np.int64] = table[positions // block_tokens] * block_tokens + positions % block_tokens
+    return found
 
 
 def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:

@@ -30,6 +30,7 @@ class Scheduler:
         self._running: list[QueuedSequence] = []
         self._waiting: list[QueuedSequence] = []
         self._ended: list[Emission] = []
+        self._left: list[int] = []
         self._arrivals = 0
         self._steps = 0
         self.preempted = 0
@@ -68,6 +69,10 @@ class Scheduler:
         """Blocks for a request whose KV is about to be moved in; None if there are too few."""
         count = blocks_for(tokens, self._limits.block_tokens)
         return self._allocator.allocate(count) if self._allocator.can_allocate(count) else None
+
+    def claim(self, blocks: Sequence[int]) -> None:
+        """Take exactly these blocks for a request whose KV is in them. Raises `ValueError` if one is not free."""
+        self._allocator.claim(blocks)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back a reservation that came to nothing."""
@@ -114,7 +119,8 @@ class Scheduler:
         if not step.sequences:
             return None
         self._steps += 1
-        return StepPlan(self._steps, step.sequences)
+        left, self._left = self._left, []
+        return StepPlan(self._steps, step.sequences, left)
 
     def complete(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> list[Emission]:
         """Account for a finished step: `sampled` holds the tokens of its sequences with `sampling` set."""
@@ -132,10 +138,10 @@ class Scheduler:
                 emissions.append(self._emit(sequence, drawn[step.key]))
         return emissions
 
-    def snapshot(self) -> list[tuple[int, int, list[int]]]:
-        """(key, cached tokens, blocks) of running requests; what a step under way adds is not counted."""
+    def snapshot(self) -> list[tuple[int, int, list[int], int]]:
+        """(key, cached tokens, blocks, life) of running requests; what a step under way adds is not counted."""
         return [
-            (sequence.request.key, sequence.cached, list(sequence.blocks))
+            (sequence.request.key, sequence.cached, list(sequence.blocks), sequence.life)
             for sequence in self._running
             if sequence.cached and not sequence.ended
         ]
@@ -186,6 +192,8 @@ class Scheduler:
         self._running.remove(sequence)
         self._allocator.free(sequence.blocks)
         sequence.blocks, sequence.cached = [], 0
+        sequence.life += 1
+        self._left.append(sequence.request.key)
         insort(self._waiting, sequence, key=lambda other: other.order)
         self.preempted += 1
 
@@ -237,4 +245,5 @@ class Scheduler:
                 queue.remove(sequence)
         self._allocator.free(sequence.blocks)
         sequence.blocks = []
+        self._left.append(sequence.request.key)
         del self._sequences[sequence.request.key]

@@ -76,6 +76,7 @@ class QueuedSequence:
     cached: int = 0
     in_flight: bool = False
     ended: bool = False
+    life: int = 0  # grows when its KV is given up, to be computed again
 
     @property
     def remaining(self) -> int:

@@ -1,4 +1,4 @@
-"""Carries out transfers: weight boxes and KV pieces, packed per peer, through the epoch's group."""
+"""Brings the weights of a role into memory: boxes packed per peer, through the epoch's group, and from disk."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from planning.resharding import Box
-from serving.engine.kv_cache import KvCache
 from serving.engine.weights import CheckpointReader
-from serving.messages import KvPiece, WeightPieces
+from serving.messages import WeightPieces
 from serving.worker.groups import Group
 
 
@@ -135,65 +134,3 @@ class WeightMover:
             data = self.reader.read(box.tensor, box.start, box.stop)
             tensors[box.tensor].view(box).copy_(data)
         return sum(box.elements for box in boxes) * self.dtype.itemsize
-
-
-def move_kv(
-    group: Group,
-    world: Sequence[str],
-    sends: Sequence[KvPiece],
-    receives: Sequence[KvPiece],
-    *,
-    source: KvCache | None,
-    target: KvCache | None,
-) -> int:
-    """Send KV pieces from the old cache and write received ones to the new; returns the bytes sent.
-
-    Pieces to oneself never touch the group. A worker that sends has a `source`, one that receives a `target`.
-    """
-    own = world[group.rank]
-    parts: dict[str, list[Tensor]] = {}
-    for piece in sends:
-        assert source is not None
-        data = source.extract(piece.blocks, piece.tokens, piece.layers, piece.heads).reshape(-1)
-        parts.setdefault(piece.peer, []).append(data)
-    packed = {peer: torch.cat(tensors) for peer, tensors in parts.items()}
-    if target is None:
-        group.exchange([(data, world.index(peer)) for peer, data in packed.items()], [])
-        return _bytes(packed)
-    buffers = {
-        peer: packed[own] if peer == own else _buffer(target, [piece for piece in receives if piece.peer == peer])
-        for peer in dict.fromkeys(piece.peer for piece in receives)
-    }
-    group.exchange(
-        [(data, world.index(peer)) for peer, data in packed.items() if peer != own],
-        [(buffer, world.index(peer)) for peer, buffer in buffers.items() if peer != own],
-    )
-    for peer, buffer in buffers.items():
-        _write(target, [piece for piece in receives if piece.peer == peer], buffer)
-    return _bytes(packed)
-
-
-def _bytes(packed: Mapping[str, Tensor]) -> int:
-    return sum(data.numel() * data.element_size() for data in packed.values())
-
-
-def _extent(piece: KvPiece, head_dim: int) -> tuple[int, ...]:
-    layers, heads = piece.layers[1] - piece.layers[0], piece.heads[1] - piece.heads[0]
-    return layers, 2, piece.tokens, heads, head_dim
-
-
-def _elements(piece: KvPiece, head_dim: int) -> int:
-    layers, two, tokens, heads, width = _extent(piece, head_dim)
-    return layers * two * tokens * heads * width
-
-
-def _buffer(target: KvCache, pieces: Sequence[KvPiece]) -> Tensor:
-    size = sum(_elements(piece, target.head_dim) for piece in pieces)
-    return torch.empty(size, dtype=target.dtype, device=target.device)
-
-
-def _write(target: KvCache, pieces: Sequence[KvPiece], buffer: Tensor) -> None:
-    parts = torch.split(buffer, [_elements(piece, target.head_dim) for piece in pieces])
-    for piece, part in zip(pieces, parts, strict=True):
-        data = part.view(_extent(piece, target.head_dim))
-        target.insert(piece.blocks, piece.tokens, piece.layers, piece.heads, data)

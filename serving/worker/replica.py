@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -24,9 +24,23 @@ from torch import Tensor
 from data.models import ModelSpec
 from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.kv_cache import KvCache
+from serving.engine.kv_index import KvIndex
 from serving.engine.scheduler import Emission as Drawn
 from serving.engine.scheduler import ScheduledRequest, Scheduler
-from serving.messages import Adoption, Assignment, Emission, Message, Paused, Resident, Role, Tokens
+from serving.messages import (
+    Adoption,
+    Assignment,
+    Emission,
+    Message,
+    Paused,
+    Reserved,
+    Resident,
+    Residents,
+    Role,
+    Seat,
+    Tokens,
+    Wanted,
+)
 from serving.worker.groups import Group, GroupBroken, Pending
 
 logger = logging.getLogger(__name__)
@@ -64,6 +78,7 @@ class Position:
     cache: KvCache
     group: Group
     draw: Callable[[Tensor | None, StepPlan], list[SampledToken]]
+    index: KvIndex = field(default_factory=KvIndex)
 
     @property
     def stage(self) -> int:
@@ -96,6 +111,8 @@ class StepLoop(threading.Thread, ABC):
         self._fail = fail
         self._stopped = threading.Event()
         self._sends: deque[Pending] = deque()
+        self.gate: Callable[[StepPlan], None] = lambda plan: None
+        """Called before every step; may hold it up, for example until copies of the KV have caught up."""
 
     def run(self) -> None:
         """Step until told to stop, or until the group breaks."""
@@ -126,6 +143,8 @@ class StepLoop(threading.Thread, ABC):
     def _compute(self, plan: StepPlan) -> Tensor | None:
         """Run this rank's stage; hand the activations on, or return the logits (tail only)."""
         position = self.position
+        self.gate(plan)
+        position.index.begin(plan)
         shards, rank = position.role.shards, position.role.rank
         hidden = None
         if not position.first:
@@ -133,6 +152,7 @@ class StepLoop(threading.Thread, ABC):
             buffer = torch.empty(shape, dtype=position.model.hidden_dtype, device=position.group.device)
             hidden = position.group.receive(buffer, rank - shards)
         output = position.model.forward(plan, hidden)
+        position.index.finish(plan, _mark(position.group.device))
         if position.last:
             return output
         assert output is not None
@@ -178,6 +198,7 @@ class Leader(StepLoop):
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, list[SampledToken] | None]] = deque()
         self._pausing = False
+        self._reserved: dict[int, dict[int, list[int]]] = {}  # by epoch and request
         self._relieved = False  # requests went without an emission that would say how much is left
         self._spoke_at = time.monotonic()
 
@@ -205,11 +226,41 @@ class Leader(StepLoop):
     def adopt(self, adoptions: list[Adoption]) -> None:
         """Before `start`: take over requests whose KV is in the cache."""
         for adoption in adoptions:
-            request = scheduled(adoption.assignment)
-            reserved = self._scheduler.reserve(adoption.cached_tokens)
-            if reserved != adoption.blocks:
-                raise GroupBroken(f"blocks {adoption.blocks} were promised to request {request.key}, not {reserved}")
-            self._scheduler.adopt(request, adoption.cached_tokens, reserved)
+            try:
+                self._scheduler.claim(adoption.blocks)
+            except ValueError as error:
+                raise GroupBroken(f"blocks promised to request {adoption.assignment.key}: {error}") from error
+            self._scheduler.adopt(scheduled(adoption.assignment), adoption.cached_tokens, adoption.blocks)
+
+    def snapshot(self, epoch: int) -> None:
+        """Report what is resident at the next step boundary, and go on."""
+        self._commands.put(lambda: self._report(Residents(epoch, self.position.role.replica, self._residents())))
+
+    def reserve(self, epoch: int, wanted: list[Wanted]) -> None:
+        """Set blocks aside for requests that will join in `epoch`, as long as running ones keep a spare each."""
+        self._commands.put(lambda: self._reserve(epoch, wanted))
+
+    def graft(self, epoch: int, adoptions: list[Adoption]) -> None:
+        """Let requests join whose KV is in reserved blocks; what else was reserved for `epoch` is free again."""
+        self._commands.put(lambda: self._graft(epoch, adoptions))
+
+    def _reserve(self, epoch: int, wanted: list[Wanted]) -> None:
+        seats = self._reserved.setdefault(epoch, {})
+        for one in wanted:
+            blocks = self._scheduler.reserve(one.tokens)
+            if blocks is not None:
+                seats[one.key] = blocks
+        taken = [Seat(key, blocks) for key, blocks in seats.items()]
+        self._report(Reserved(epoch, self.position.role.replica, taken))
+
+    def _graft(self, epoch: int, adoptions: list[Adoption]) -> None:
+        seats = self._reserved.pop(epoch, {})
+        for adoption in adoptions:
+            blocks = seats.pop(adoption.assignment.key, None)
+            if blocks is not None:  # else the epoch was abandoned before this came
+                self._scheduler.adopt(scheduled(adoption.assignment), adoption.cached_tokens, blocks)
+        for blocks in seats.values():
+            self._scheduler.release(blocks)
 
     def _add(self, assignments: list[Assignment]) -> None:
         for assignment in assignments:
@@ -277,8 +328,10 @@ class Leader(StepLoop):
         self._broadcast(_STOP)
         while self._sends:
             self._sends.popleft().wait()
-        resident = [Resident(key, tokens, list(blocks)) for key, tokens, blocks in self._scheduler.snapshot()]
-        self._report(Paused(self.position.role.replica, resident))
+        self._report(Paused(self.position.role.replica, self._residents()))
+
+    def _residents(self) -> list[Resident]:
+        return [Resident(*one) for one in self._scheduler.snapshot()]
 
     def _tell(self, drawn: list[Drawn]) -> None:
         quiet = not drawn and (self._in_flight or not self._relieved)
@@ -296,6 +349,15 @@ class Leader(StepLoop):
         self._report(
             Tokens(self.position.role.replica, emissions, scheduler.running, scheduler.waiting, scheduler.kv_usage)
         )
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """A point of this thread's stream; on CPU everything before it is done already."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def scheduled(assignment: Assignment) -> ScheduledRequest:

@@ -8,22 +8,28 @@ its thread is left behind and ends at the collective's timeout, and the next epo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from serving import messages as m
+from serving.engine.kv_cache import KvCache
+from serving.engine.kv_index import Cached
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.weights import CheckpointReader, read_spec
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
 from serving.worker.build import Build, build_position, compute_device, weight_dtype
 from serving.worker.groups import Group, GroupBroken, connect_store
-from serving.worker.movement import HeldTensor, WeightMover, move_kv
+from serving.worker.keeper import Keeper
+from serving.worker.kv_movement import KvMover
+from serving.worker.kv_stream import KvStream
+from serving.worker.movement import HeldTensor, WeightMover
 from serving.worker.replica import Follower, Leader, Position, StepLoop
 
 logger = logging.getLogger(__name__)
@@ -39,6 +45,14 @@ class PreparedRole:
     held: dict[str, HeldTensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Salvaged:
+    """The cache of a broken replica, and what is in it."""
+
+    cache: KvCache
+    index: Mapping[int, Cached]
+
+
 class Worker:
     """State of one worker: resident weights, prepared epochs, and the running role."""
 
@@ -52,6 +66,9 @@ class Worker:
         self._prepared: dict[int, PreparedRole] = {}
         self._abandoned_through = -1
         self._loop: StepLoop | None = None
+        self._stream: KvStream | None = None
+        self._salvaged: dict[int, Salvaged] = {}
+        self._keeper = Keeper(settings.host, settings.token)
         self._lock = threading.Lock()  # orders to let go arrive while threads take on
         self._connection: Connection[m.Downward] | None = None
         self._runner = asyncio.get_running_loop()
@@ -66,7 +83,7 @@ class Worker:
         settings = self._settings
         connection = await join(
             controller,
-            m.WorkerHello(settings.token, self._instance, self._index, pid),
+            m.WorkerHello(settings.token, self._instance, self._index, pid, self._keeper.address),
             frame_bytes=settings.capacity.frame_bytes,
             timeout_s=settings.timeouts.join_s,
             silence_s=settings.timeouts.controller_gone_s,
@@ -105,10 +122,22 @@ class Worker:
                 self._in_thread(message.epoch, -1, "prepare", lambda: self._prepare(message, connection))
             case m.Pause(replica=replica):
                 self._to_leader(replica, Leader.pause)
-            case m.Move():
-                self._in_thread(message.epoch, -1, "move", lambda: self._move(message))
-            case m.Activate():
-                self._in_thread(message.epoch, -1, "activate", lambda: self._activate(message))
+            case m.Snapshot(epoch=epoch, replica=replica):
+                self._to_leader(replica, lambda leader: leader.snapshot(epoch))
+            case m.Survey():
+                self._in_thread(message.epoch, -1, "survey", lambda: self._survey(message))
+            case m.Reserve(epoch=epoch, replica=replica, wanted=wanted):
+                self._to_leader(replica, lambda leader: leader.reserve(epoch, wanted))
+            case m.Copy():
+                self._in_thread(message.epoch, -1, "copy", lambda: self._copy(message))
+            case m.Switch():
+                self._in_thread(message.epoch, -1, "switch", lambda: self._switch(message))
+            case m.Salvage(replica=replica):
+                self._salvage(replica)
+            case m.Keep(replicas=replicas):
+                self._keep(replicas)
+            case m.Replicate(replica=replica, address=address):
+                self._replicate(replica, address)
             case m.Retire(replicas=replicas):
                 self._retire(replicas)
             case m.Abandon(epoch=epoch):
@@ -173,32 +202,89 @@ class Worker:
             self._prepared[order.epoch] = PreparedRole(order.world, world, position, held)
         return m.Prepared(order.epoch, result.local_bytes, result.received_bytes, result.disk_bytes)
 
-    def _move(self, order: m.Move) -> m.Message:
+    def _copy(self, order: m.Copy) -> m.Message:
         prepared = self._prepared[order.epoch]
-        old = self._loop
-        if old is not None and order.sends:
-            old.join(self._settings.timeouts.pause_s)
-            if old.is_alive():
-                raise GroupBroken("the old replica did not stop in time")
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        source = old.position.cache if old is not None else None
-        target = prepared.position.cache if prepared.position is not None else None
-        sent = move_kv(prepared.group, prepared.world, order.sends, order.receives, source=source, target=target)
-        return m.Moved(order.epoch, sent)
+        return m.Copied(order.epoch, self._exchange(prepared, order, self._settings.capacity.copy_share))
 
-    def _activate(self, order: m.Activate) -> m.Message:
+    def _switch(self, order: m.Switch) -> m.Message:
+        prepared = self._prepared[order.epoch]
+        self._wait_until_stopped(order)
+        sent = self._exchange(prepared, order, 1.0)
         self._retire(order.retire)
         with self._lock:
             if order.epoch not in self._prepared:
                 raise GroupBroken("the epoch was abandoned meanwhile")
-            prepared = [self._prepared.pop(order.epoch)]
-            if (position := prepared[0].position) is not None:
-                self._held = prepared[0].held
-                self._loop = self._step_loop(order.epoch, position, order.adoptions)
-                self._loop.start()
-        _clear_aside(prepared)
-        return m.Activated(order.epoch)
+            done = [self._prepared.pop(order.epoch)]
+            self._take_over(order, prepared)
+        _clear_aside(done)
+        return m.Switched(order.epoch, sent)
+
+    def _wait_until_stopped(self, order: m.Switch) -> None:
+        """The last tokens of a paused replica are there once its loop has ended."""
+        loop = self._loop
+        if loop is not None and loop.position.role.replica in order.retire:
+            loop.join(self._settings.timeouts.pause_s)
+            if loop.is_alive():
+                raise GroupBroken("the old replica did not stop in time")
+
+    def _exchange(self, prepared: PreparedRole, order: m.Copy | m.Switch, share: float) -> int:
+        """Move the KV of an order, beside whatever is computed meanwhile."""
+        with self._side_stream():
+            mover = KvMover(
+                prepared.group,
+                prepared.world,
+                self._source,
+                lambda pieces: self._target(prepared, pieces),
+                self._spec.head_dim,
+                weight_dtype(self._settings.engine),
+                self._settings.capacity.transfer_bytes,
+            )
+            sent = mover.run(order.sends, order.receives, share=share)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        self._note(prepared, order.receives)
+        return sent
+
+    def _side_stream(self) -> contextlib.AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self._device))
+
+    def _source(self, pieces: m.KvPieces) -> KvCache:
+        if pieces.kept:
+            return self._keeper.cache(pieces.replica, pieces.layers, pieces.heads)
+        loop = self._loop
+        if loop is not None and loop.position.role.replica == pieces.replica:
+            return loop.position.cache
+        salvaged = self._salvaged.get(pieces.replica)
+        if salvaged is None:
+            raise GroupBroken(f"the KV of replica {pieces.replica} is not here any more")
+        return salvaged.cache
+
+    def _target(self, prepared: PreparedRole, pieces: m.KvPieces) -> KvCache:
+        return self._receiver(prepared, pieces).cache
+
+    def _receiver(self, prepared: PreparedRole, pieces: m.KvPieces) -> Position:
+        loop = self._loop
+        candidates = [prepared.position, loop.position if loop is not None else None]
+        for position in candidates:
+            if position is not None and position.role.replica == pieces.replica:
+                return position
+        raise GroupBroken(f"replica {pieces.replica} is not here")
+
+    def _note(self, prepared: PreparedRole, receives: list[m.KvPieces]) -> None:
+        for pieces in receives:
+            index = self._receiver(prepared, pieces).index
+            for span in pieces.spans:
+                index.adopt(span.key, span.stop, span.blocks)
+
+    def _take_over(self, order: m.Switch, prepared: PreparedRole) -> None:
+        if (position := prepared.position) is not None:
+            self._held = prepared.held
+            self._loop = self._step_loop(order.epoch, position, order.adoptions)
+            self._loop.start()
+        elif isinstance(self._loop, Leader):
+            self._loop.graft(order.epoch, order.adoptions)
 
     def _step_loop(self, epoch: int, position: Position, adoptions: list[m.Adoption]) -> StepLoop:
         role, engine, spec = position.role, self._settings.engine, self._spec
@@ -232,11 +318,69 @@ class Worker:
 
     def _retire(self, replicas: list[int]) -> None:
         with self._lock:
+            void = [number for number in self._salvaged if number in replicas]
+            retired: list[object] = [self._salvaged.pop(number) for number in void]
             if self._loop is not None and self._loop.position.role.replica in replicas:
-                self._loop.discard()
-                retired = [self._loop]
-                self._loop = None
+                retired.append(self._stop_loop())
+            if retired:
                 _clear_aside(retired)
+
+    def _stop_loop(self) -> StepLoop:
+        loop = self._loop
+        assert loop is not None
+        loop.discard()
+        if self._stream is not None:
+            self._stream.stop()
+        self._loop = self._stream = None
+        return loop
+
+    def _salvage(self, replica: int) -> None:
+        """Stop the loop of a broken replica, and keep its cache at hand."""
+        with self._lock:
+            if self._loop is not None and self._loop.position.role.replica == replica:
+                position = self._loop.position
+                self._salvaged[replica] = Salvaged(position.cache, position.index.snapshot())
+                _clear_aside([self._stop_loop()])
+
+    def _keep(self, replicas: list[int]) -> None:
+        with self._lock:
+            for number in [number for number in self._salvaged if number not in replicas]:
+                del self._salvaged[number]
+        self._keeper.drop_others(replicas)
+
+    def _replicate(self, replica: int, address: str) -> None:
+        """Copies of the running replica's KV go to another worker from now on."""
+        with self._lock:
+            loop = self._loop
+            if loop is None or loop.position.role.replica != replica:
+                return
+            if self._stream is not None:
+                self._stream.stop()
+            self._stream = self._open_stream(loop, address) if address else None
+            stream, lag = self._stream, self._settings.replication.lag_steps
+            loop.gate = (lambda plan: stream.hold(plan, lag)) if stream is not None and lag else lambda plan: None
+
+    def _open_stream(self, loop: StepLoop, address: str) -> KvStream:
+        stream = KvStream(
+            address,
+            self._settings.token,
+            loop.position.role.replica,
+            loop.position.cache,
+            loop.position.index,
+            frame_bytes=self._settings.replication.frame_bytes,
+        )
+        stream.start()
+        return stream
+
+    def _survey(self, order: m.Survey) -> m.Message:
+        held = [
+            m.Holding(number, key, one.tokens, cache.layers, cache.heads, False, list(one.blocks))
+            for number in order.replicas
+            if (salvaged := self._salvaged.get(number)) is not None
+            for cache in [salvaged.cache]
+            for key, one in salvaged.index.items()
+        ]
+        return m.Holdings(order.epoch, held + self._keeper.holdings(order.replicas))
 
     def _abandon(self, epoch: int) -> None:
         with self._lock:
@@ -244,12 +388,15 @@ class Worker:
             void = [self._prepared.pop(ready) for ready in list(self._prepared) if ready <= epoch]
         for group in [prepared.group for prepared in void]:
             group.abort()
+        if isinstance(self._loop, Leader):
+            self._loop.graft(epoch, [])  # reservations for it are free again
         _clear_aside(void)
 
     def _forget_everything(self) -> None:
         """Without a controller nothing here is in force; the weights stay for the next one."""
         if self._loop is not None:
             self._retire([self._loop.position.role.replica])
+        self._keep([])
         self._abandon(max(self._prepared, default=-1))
         self._connection, self._abandoned_through = None, -1
 

@@ -174,8 +174,8 @@ async def test_a_worker_that_comes_again_was_lost_before(fleet: Fleet) -> None:
     again = await fleet.worker(pid=3)
     assert ("worker lost", "a/0") in fleet.log.said
     assert fleet.membership.usable_devices() == (Device("a", 0),)
-    again.send(m.Activated(4))
-    await fleet.heard("a/0", m.Activated(4))
+    again.send(m.Switched(4, 0))
+    await fleet.heard("a/0", m.Switched(4, 0))
 
 
 async def test_many_hellos_of_one_worker_leave_one(fleet: Fleet) -> None:
@@ -206,7 +206,7 @@ async def test_a_listener_that_fails_costs_one_worker_and_not_the_service(fleet:
     await fleet.agent()
     worker = await fleet.worker()
     fleet.log.fail = True
-    worker.send(m.Activated(4))
+    worker.send(m.Switched(4, 0))
     await fleet.heard("worker lost", "a/0")
     assert not fleet.membership.connected(Device("a", 0))
     fleet.log.fail = False

@@ -9,8 +9,17 @@ from data.layout import Device, ParallelConfig, Position
 from planning.resharding import KvBox, kv_extent
 from serving import messages as m
 from serving.controller.dispatch import Replica
-from serving.controller.orders import Adopted, adopt, block_bytes, kv_blocks, move_orders, prepare_orders, world_of
-from serving.engine.scheduler import ScheduledRequest, Scheduler, SchedulerLimits
+from serving.controller.orders import (
+    Heir,
+    block_bytes,
+    found_sources,
+    kv_blocks,
+    kv_pieces,
+    live_sources,
+    prepare_orders,
+    world_of,
+)
+from serving.controller.seating import Seating
 from serving.settings import EngineSettings
 from tests.planning.fleets import SPEC, Scene, scenes
 
@@ -37,7 +46,7 @@ def replicas(scene: Scene) -> tuple[list[Replica], list[Replica]]:
 def test_every_send_has_its_receive_with_the_same_boxes_in_the_same_order(scene: Scene) -> None:
     transition = scene.transition()
     retired, new = replicas(scene)
-    world = world_of(transition, new, retired)
+    world = world_of(transition, [*new, *retired])
     orders = prepare_orders(5, "store", transition, new, world)
     assert list(orders) == sorted(orders)
     assert all(order.world == [str(device) for device in world] for order in orders.values())
@@ -75,68 +84,88 @@ def residents(draw: st.DrawFn, retired: Sequence[Replica]) -> dict[int, list[m.R
     return result
 
 
-def adoption(scene: Scene, data: st.DataObject) -> tuple[list[Adopted], list[Replica], dict[int, list[m.Resident]]]:
+def inheritance(scene: Scene, data: st.DataObject) -> tuple[list[Heir], list[Replica], list[Replica]]:
+    """Sequences of retired replicas on their way into new ones, each into blocks of its own."""
     transition = scene.transition()
     retired, new = replicas(scene)
     found = data.draw(residents(retired))
-    heirs = {number: new[at] for at, planned in enumerate(transition.new) for number in planned.inherits}
-    by_number = {replica.number: replica for replica in retired}
-    return adopt(found, heirs, by_number, ENGINE.block_tokens), new, found
+    seating = {replica.number: Seating(replica.kv_blocks, ENGINE.block_tokens) for replica in new}
+    heirs = []
+    for source in retired:
+        for one in found[source.number] if new else ():
+            target = data.draw(st.sampled_from(new))
+            if seating[target.number].fit(one.key, one.cached_tokens):
+                blocks = tuple(seating[target.number].seats[one.key])
+                heirs.append(Heir(one.key, one.cached_tokens, live_sources(SPEC, source, one), target, blocks))
+    assert transition.retire == tuple(replica.number for replica in retired)
+    return heirs, new, retired
 
 
 @settings(deadline=None)
 @given(scene=scenes(), data=st.data())
-def test_adoptions_fit_and_the_leader_will_find_the_same_blocks(scene: Scene, data: st.DataObject) -> None:
-    adopted, new, found = adoption(scene, data)
-    for replica in new:
-        mine = [one for one in adopted if one.target is replica]
-        blocks = [block for one in mine for block in one.blocks]
-        assert len(blocks) == len(set(blocks))
-        assert len(blocks) + len(mine) <= replica.kv_blocks  # each has a block for its next token
-        assert len(mine) <= replica.config.max_batch
-        limits = SchedulerLimits(replica.config.max_batch, 64, ENGINE.block_tokens, replica.kv_blocks, 64)
-        scheduler = Scheduler(limits, ())
-        for one in mine:
-            assert scheduler.reserve(one.resident.cached_tokens) == list(one.blocks)
-            request = ScheduledRequest(one.resident.key, [1] * (one.resident.cached_tokens + 1))
-            scheduler.adopt(request, one.resident.cached_tokens, list(one.blocks))
-    keys = [one.resident.key for one in adopted]
-    assert len(keys) == len(set(keys))
-    for one in adopted:
-        assert one.resident in found[one.source.number]
-
-
-@settings(deadline=None)
-@given(scene=scenes(), data=st.data())
-def test_kv_of_every_adopted_request_reaches_each_cell_of_its_new_replica_once(
-    scene: Scene, data: st.DataObject
-) -> None:
-    adopted, _, _ = adoption(scene, data)
-    orders = move_orders(7, SPEC, adopted)
-    pairs = {(source, target) for source in orders for target in orders}
-    for source, target in pairs:
-        sends = [one for one in orders[source].sends if one.peer == str(target)]
-        receives = [one for one in orders[target].receives if one.peer == str(source)]
-        assert [_content(one) for one in sends] == [_content(one) for one in receives]
-    for one in adopted:
-        for rank, device in enumerate(one.target.devices):
-            extent = _extent(one.target, rank)
-            pieces = [piece for piece in orders[device].receives if piece.key == one.resident.key]
-            boxes = [KvBox(piece.layers, piece.heads) for piece in pieces]
+def test_kv_of_every_sequence_reaches_each_cell_of_its_new_replica_once(scene: Scene, data: st.DataObject) -> None:
+    heirs, _, _ = inheritance(scene, data)
+    starts = {heir.key: data.draw(st.integers(0, heir.tokens)) for heir in heirs if data.draw(st.booleans())}
+    sends, receives = kv_pieces(SPEC, heirs, starts)
+    for source in sends:
+        for target in receives:
+            sent = [one for one in sends[source] if one.peer == str(target)]
+            received = [one for one in receives[target] if one.peer == str(source)]
+            assert [_content(one) for one in sent] == [_content(one) for one in received]
+    for heir in heirs:
+        for rank, device in enumerate(heir.target.devices):
+            boxes = []
+            for piece in receives.get(device, ()):
+                for span in (one for one in piece.spans if one.key == heir.key):
+                    assert (span.start, span.stop) == (starts.get(heir.key, 0), heir.tokens)
+                    assert span.blocks == list(heir.blocks)
+                    assert piece.replica == heir.target.number
+                    boxes.append(KvBox(piece.layers, piece.heads))
+            extent = _extent(heir.target, rank)
             assert all(box.overlap(extent) == box for box in boxes)
-            assert sum(box.cells for box in boxes) == extent.cells
+            missing = starts.get(heir.key, 0) < heir.tokens
+            assert sum(box.cells for box in boxes) == (extent.cells if missing else 0)
             assert not any(a.overlap(b) for i, a in enumerate(boxes) for b in boxes[:i])
-            assert all(piece.blocks == list(one.blocks) for piece in pieces)
-        for rank, device in enumerate(one.source.devices):
-            extent = _extent(one.source, rank)
-            for piece in orders[device].sends if device in orders else ():
-                if piece.key == one.resident.key:
-                    assert piece.blocks == one.resident.blocks
-                    assert KvBox(piece.layers, piece.heads).overlap(extent)
 
 
-def _content(piece: m.KvPiece) -> tuple[object, ...]:
-    return piece.key, piece.tokens, piece.layers, piece.heads
+@settings(deadline=None)
+@given(scene=scenes(), data=st.data())
+def test_what_is_sent_is_read_where_the_sequence_is(scene: Scene, data: st.DataObject) -> None:
+    heirs, _, _ = inheritance(scene, data)
+    sends, _ = kv_pieces(SPEC, heirs, {})
+    for device, pieces in sends.items():
+        for piece in pieces:
+            for span in piece.spans:
+                (source,) = (
+                    one
+                    for heir in heirs
+                    for one in heir.sources
+                    if heir.key == span.key and one.device == device and one.replica == piece.replica
+                )
+                box = KvBox(piece.layers, piece.heads)
+                assert source.box.overlap(box) == box
+                assert span.blocks == list(source.blocks)
+
+
+def test_a_copy_is_read_where_no_cache_is_left_and_only_if_it_is_long_enough() -> None:
+    old = Replica(1, 1, ParallelConfig(1, 1, 2, 4), (Device("a", 0), Device("b", 0)), 8)
+    new = Replica(2, 2, ParallelConfig(1, 1, 1, 4), (Device("a", 0),), 8)
+    left, right = (_extent(old, rank) for rank in (0, 1))
+    held = {
+        Device("a", 0): [
+            m.Holding(1, 7, 20, left.layers, left.heads, False, [3, 4, 5, 6, 7]),
+            m.Holding(1, 7, 18, right.layers, right.heads, True, [0, 1, 2, 3, 4]),
+        ],
+        Device("c", 0): [m.Holding(1, 7, 9, right.layers, right.heads, True, [0, 1, 2])],
+    }
+    sources = found_sources(held)[7]
+    sends, receives = kv_pieces(SPEC, [Heir(7, 18, tuple(sources), new, (0, 1, 2, 3, 4))], {})
+    assert list(sends) == list(receives) == [Device("a", 0)]
+    assert [(piece.kept, piece.heads) for piece in sends[Device("a", 0)]] == [(False, left.heads), (True, right.heads)]
+
+
+def _content(piece: m.KvPieces) -> tuple[object, ...]:
+    return piece.layers, piece.heads, [(span.key, span.start, span.stop) for span in piece.spans]
 
 
 def _extent(replica: Replica, rank: int) -> KvBox:

@@ -65,10 +65,14 @@ class Peer:
                 self.worker.send(m.Prepared(epoch, 0, 0, 0))
             case m.Pause(replica=replica):
                 self.worker.send(m.Paused(replica, []))
-            case m.Move(epoch=epoch):
-                self.worker.send(m.Moved(epoch, 0))
-            case m.Activate(epoch=epoch):
-                self.worker.send(m.Activated(epoch))
+            case m.Snapshot(epoch=epoch, replica=replica):
+                self.worker.send(m.Residents(epoch, replica, []))
+            case m.Survey(epoch=epoch):
+                self.worker.send(m.Holdings(epoch, []))
+            case m.Copy(epoch=epoch):
+                self.worker.send(m.Copied(epoch, 0))
+            case m.Switch(epoch=epoch):
+                self.worker.send(m.Switched(epoch, 0))
 
     def all_heard(self, kind: type[m.Message]) -> list[m.Downward]:
         return [order for order in self.heard if isinstance(order, kind)]
@@ -160,7 +164,7 @@ def fail(peer: Peer, order: m.Downward) -> None:
     peer.worker.send(m.Failed(getattr(order, "epoch", -1), -1, "phase", "it was told to"))
 
 
-@pytest.mark.parametrize("kind", [m.Prepare, m.Activate])
+@pytest.mark.parametrize("kind", [m.Prepare, m.Switch])
 async def test_a_failed_phase_is_tried_again(
     tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer, kind: type[m.Message]
 ) -> None:
@@ -185,7 +189,7 @@ async def test_after_a_failed_activation_nobody_is_asked_for_what_it_may_have_le
         (whole,) = scene.peers["a"].all_heard(m.Prepare)
         assert isinstance(whole, m.Prepare)
         scene.peers["a"].heard.clear()
-        await scene.add("b", answer=once(m.Activate, fail))
+        await scene.add("b", answer=once(m.Switch, fail))
         await scene.layout("a", "b")
         first, second = scene.peers["a"].all_heard(m.Prepare)[:2]
         assert isinstance(first, m.Prepare)
@@ -242,7 +246,7 @@ async def test_requests_of_a_paused_replica_are_replayed_when_the_switch_fails(
         record = await scene.request()
         old = record.replica
         assert old is not None
-        await scene.add("b", answer=once(m.Activate, fail))
+        await scene.add("b", answer=once(m.Switch, fail))
         await scene.layout("a", "b")
         await scene.until(lambda: record.replica in scene.fleet.dispatcher.replicas)
         leader = scene.peers[scene.fleet.dispatcher.replicas[record.replica or 0].leader.instance]
@@ -263,7 +267,7 @@ async def test_a_request_may_end_while_its_cache_moves(tmp_path: Path, spec: Mod
             peer.worker.send(m.Paused(order.replica, residents))
 
         def moving(peer: Peer, order: m.Downward) -> bool:
-            if isinstance(order, m.Move):
+            if isinstance(order, m.Switch):
                 scene.fleet.end(gone, "abort")
             return False
 
@@ -274,8 +278,8 @@ async def test_a_request_may_end_while_its_cache_moves(tmp_path: Path, spec: Mod
         (replica,) = scene.fleet.dispatcher.replicas.values()
         assert list(replica.records) == [stays.key]
         leader = scene.peers[replica.leader.instance]
-        activate = leader.all_heard(m.Activate)[-1]
-        assert isinstance(activate, m.Activate)
+        activate = leader.all_heard(m.Switch)[-1]
+        assert isinstance(activate, m.Switch)
         assert [one.assignment.key for one in activate.adoptions] == [gone.key, stays.key]
         await scene.until(lambda: m.Cancel(replica.number, [gone.key]) in leader.heard)
 
@@ -305,7 +309,7 @@ async def test_words_of_old_replicas_and_epochs_are_void(tmp_path: Path, spec: M
         peer = scene.peers["a"]
         peer.worker.send(m.Tokens(old, [m.Emission(record.key, 0, 9)], 1, 0, 0.0))
         peer.worker.send(m.Failed(scene.fleet.epoch - 1, old, "step", "late"))
-        peer.worker.send(m.Activated(scene.fleet.epoch - 1))
+        peer.worker.send(m.Switched(scene.fleet.epoch - 1, 0))
         new = record.replica
         assert new is not None
         peer.worker.send(m.Tokens(new, [m.Emission(record.key, 0, 5), m.Emission(999, 0, 5)], 1, 0, 0.0))

@@ -277,7 +277,7 @@ def test_snapshot_tells_what_is_cached() -> None:
     assert plan is not None
     assert scheduler.snapshot() == []
     scheduler.complete(plan, [])
-    assert scheduler.snapshot() == [(1, 4, plan.sequences[0].blocks)]
+    assert scheduler.snapshot() == [(1, 4, plan.sequences[0].blocks, 0)]
 
 
 def test_wrong_requests_are_refused() -> None:

@@ -19,7 +19,8 @@ from serving.engine.kv_cache import KvCache
 from serving.engine.place import Place
 from serving.engine.weights import CheckpointReader, load_weights, read_spec
 from serving.worker.groups import Group, GroupBroken, connect_store
-from serving.worker.movement import HeldTensor, WeightMover, move_kv
+from serving.worker.kv_movement import KvMover
+from serving.worker.movement import HeldTensor, WeightMover
 
 
 class Task(msgspec.Struct, kw_only=True):
@@ -111,7 +112,8 @@ def move(
     before: int,
     after: int,
     prepare: str,
-    kv: str | None,
+    copy: str,
+    switch: str,
     kv_blocks: int,
 ) -> bool:
     """Weights and KV of rank `before` of `old` become those of rank `after` of `new`, bit for bit."""
@@ -129,18 +131,18 @@ def move(
     mover = WeightMover(group, order.world, held, CheckpointReader(checkpoint), torch.float32, cpu, 4096)
     result = mover.run(order.needed, order.sends, order.receives)
     target = _cache(spec, new, after, kv_blocks) if new is not None else None
-    if kv is not None:
-        moves = msgspec.msgpack.decode(bytes.fromhex(kv), type=m.Move)
-        if source is not None:
-            for piece in moves.sends:
-                data = _kv(piece.key, piece.tokens, source)
-                source.insert(piece.blocks, piece.tokens, source.layers, source.heads, data)
-        move_kv(group, order.world, moves.sends, moves.receives, source=source, target=target)
-        for piece in moves.receives:
-            assert target is not None
-            found = target.extract(piece.blocks, piece.tokens, target.layers, target.heads)
-            if not torch.equal(found, _kv(piece.key, piece.tokens, target)):
-                return False
+    copying = msgspec.msgpack.decode(bytes.fromhex(copy), type=m.Copy)
+    switching = msgspec.msgpack.decode(bytes.fromhex(switch), type=m.Switch)
+    if source is not None:
+        _fill(source, [*copying.sends, *switching.sends])
+    kv = KvMover(group, order.world, lambda _: source, lambda _: target, spec.head_dim, torch.float32, 700)  # type: ignore[arg-type, return-value]
+    kv.run(copying.sends, copying.receives, share=0.9)
+    kv.run(switching.sends, switching.receives)
+    for span in {span.key: span for one in switching.receives for span in one.spans}.values():
+        assert target is not None
+        found = target.extract(span.blocks, span.stop, target.layers, target.heads)
+        if not torch.equal(found, _kv(span.key, span.stop, target)):
+            return False
     if new is None:
         return not result.tensors
     fresh = load_weights(checkpoint, spec, _place(spec, new, after), dtype=torch.float32, device=cpu)
@@ -166,6 +168,12 @@ def _cache(spec: Any, config: dict[str, Any], rank: int, blocks: int) -> KvCache
     heads = kv_head_range(spec, shard, parallel.shards)
     layers = parallel.stage_layers(stage, spec.layers)
     return KvCache(layers, heads, spec.head_dim, blocks, 4, torch.float32, torch.device("cpu"))
+
+
+def _fill(source: KvCache, sends: list[m.KvPieces]) -> None:
+    for span in (span for piece in sends for span in piece.spans):
+        data = _kv(span.key, span.stop, source)
+        source.insert(span.blocks, span.stop, source.layers, source.heads, data)
 
 
 def _kv(key: int, tokens: int, cache: KvCache) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,8 +13,9 @@ from planning.resharding import weight_boxes
 from planning.transition import LiveReplica, plan_transition
 from serving import messages as m
 from serving.controller.dispatch import Replica
-from serving.controller.orders import adopt, move_orders, prepare_orders, world_of
+from serving.controller.orders import Heir, kv_pieces, live_sources, prepare_orders, world_of
 from serving.controller.rendezvous import Rendezvous
+from serving.controller.seating import Seating
 from serving.engine.checkpoint import create_checkpoint
 from tests.serving.worker.conftest import Members
 
@@ -42,13 +44,13 @@ def move(members: Members, model: tuple[Path, ModelSpec], old: ParallelConfig, n
         return
     retired = Replica(1, 1, old, before, KV_BLOCKS)
     replica = Replica(2, 2, transition.config, transition.new[0].devices, KV_BLOCKS)
-    world = world_of(transition, [replica], [retired])
+    world = world_of(transition, [replica, retired])
     store = Rendezvous("127.0.0.1", 10.0)
     prepares = prepare_orders(2, store.address, transition, [replica], world)
-    residents = {1: _residents(draw)}
-    adopted = adopt(residents, {1: replica}, {1: retired}, BLOCK_TOKENS)
-    assert adopted
-    moves = move_orders(2, spec, adopted)
+    heirs = _heirs(spec, draw, retired, replica)
+    split = {heir.key: draw.randint(0, heir.tokens) for heir in heirs}  # what is copied first
+    first = kv_pieces(spec, [replace(heir, tokens=split[heir.key]) for heir in heirs], {})
+    rest = kv_pieces(spec, heirs, split)
     tasks = {}
     for rank, device in enumerate(world):
         options = {
@@ -58,7 +60,8 @@ def move(members: Members, model: tuple[Path, ModelSpec], old: ParallelConfig, n
             "before": before.index(device) if device in before else 0,
             "after": replica.devices.index(device) if device in replica.devices else 0,
             "prepare": _text(prepares[device]),
-            "kv": _text(moves[device]) if device in moves else None,
+            "copy": _text(m.Copy(2, first[0].get(device, []), first[1].get(device, []))),
+            "switch": _text(m.Switch(2, rest[0].get(device, []), rest[1].get(device, []), [], [])),
             "kv_blocks": KV_BLOCKS,
         }
         tasks[rank] = ("move", options)
@@ -74,6 +77,16 @@ def _position(config: ParallelConfig, rank: int) -> Position:
 
 def _text(order: m.Message) -> str:
     return msgspec.msgpack.encode(order).hex()
+
+
+def _heirs(spec: ModelSpec, draw: random.Random, source: Replica, target: Replica) -> list[Heir]:
+    seating = Seating(KV_BLOCKS, BLOCK_TOKENS)
+    residents = _residents(draw)
+    assert all(seating.fit(one.key, one.cached_tokens) for one in residents)
+    return [
+        Heir(one.key, one.cached_tokens, live_sources(spec, source, one), target, tuple(seating.seats[one.key]))
+        for one in residents
+    ]
 
 
 def _residents(draw: random.Random) -> list[m.Resident]:

@@ -1,0 +1,31 @@
+"""Which blocks of a new replica's cache each sequence gets, while nobody schedules there yet."""
+
+from __future__ import annotations
+
+from serving.engine.blocks import BlockAllocator, blocks_for
+
+
+class Seating:
+    """Block tables of sequences that will be adopted by one new replica."""
+
+    def __init__(self, blocks: int, block_tokens: int) -> None:
+        self._allocator = BlockAllocator(blocks)
+        self._block_tokens = block_tokens
+        self.seats: dict[int, list[int]] = {}
+
+    def fit(self, key: int, tokens: int) -> bool:
+        """Give sequence `key` room for `tokens` tokens; what it had stays where it is.
+
+        False if there is too little: each sequence seated must still be able to take its next token.
+        """
+        seat = self.seats.get(key, [])
+        missing = max(0, blocks_for(tokens, self._block_tokens) - len(seat))
+        seated = len(self.seats) + (key not in self.seats)
+        if self._allocator.available < missing + seated:
+            return False
+        self.seats[key] = seat + self._allocator.allocate(missing)
+        return True
+
+    def leave(self, key: int) -> None:
+        """Sequence `key` does not come after all."""
+        self._allocator.free(self.seats.pop(key, []))

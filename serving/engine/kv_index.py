@@ -1,0 +1,82 @@
+"""Which sequences have KV in a cache, as the plans of its replica tell every rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.engine.batch import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """The first `tokens` tokens of a sequence are in `blocks`; `life` is another one after the KV was given up."""
+
+    tokens: int
+    blocks: tuple[int, ...]
+    life: int
+
+
+class KvIndex:
+    """Kept by the step loop, read by whoever copies. Safe to use from any thread.
+
+    A token counts once it is certain to be computed on every rank, or has just been computed here: a
+    plan says from where a sequence goes on, so all before that is certain.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[int, Cached] = {}
+        self._lives = 0
+        self.mark: object = None
+        self._changed = threading.Condition(self._lock)
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before a step is computed: its blocks belong to its sequences from now on."""
+        with self._lock:
+            for key in plan.ended:
+                self._entries.pop(key, None)
+            for one in plan.sequences:
+                self._set(one.key, one.start, one.blocks)
+
+    def finish(self, plan: StepPlan, mark: object = None) -> None:
+        """After it: single tokens count at once, chunks of a prompt when the next plan builds on them.
+
+        `mark` is what a reader has to wait for before the KV of this step is in memory (a CUDA event).
+        """
+        with self._changed:
+            self.mark = mark
+            for one in plan.sequences:
+                if len(one.tokens) == 1 and one.key in self._entries:
+                    self._set(one.key, one.start + 1, one.blocks)
+            self._changed.notify_all()
+
+    def adopt(self, key: int, tokens: int, blocks: Sequence[int]) -> None:
+        """A sequence whose KV was moved in."""
+        with self._changed:
+            self._entries.pop(key, None)
+            self._set(key, tokens, blocks)
+            self._changed.notify_all()
+
+    def _set(self, key: int, tokens: int, blocks: Sequence[int]) -> None:
+        known = self._entries.get(key)
+        if known is None:
+            self._lives += 1
+        self._entries[key] = Cached(tokens, tuple(blocks), self._lives if known is None else known.life)
+
+    def snapshot(self) -> dict[int, Cached]:
+        """All sequences."""
+        with self._lock:
+            return dict(self._entries)
+
+    def unchanged(self, key: int, since: Cached) -> bool:
+        """Whether what `since` said is still there."""
+        with self._lock:
+            now = self._entries.get(key)
+            return now is not None and now.life == since.life
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something was computed, for `timeout_s` at most."""
+        with self._changed:
+            self._changed.wait(timeout_s)

@@ -1,0 +1,164 @@
+"""Keeps copies of other workers' KV in host memory: one log per rank of a replica, appended by its stream."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import socket
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.engine.blocks import BlockAllocator, blocks_for
+from serving.engine.kv_cache import KvCache
+from serving.errors import TransportError
+from serving.messages import Holding
+from serving.worker import kv_wire as wire
+from serving.worker.groups import GroupBroken
+
+logger = logging.getLogger(__name__)
+
+_GREETING_BYTES = 4096
+_FRAME_BYTES = 256 << 20
+_SILENCE_S = 5.0  # for a greeting; afterwards a stream may have nothing to say for long
+
+
+class KvLog:
+    """The KV of one rank: block tables over a cache in host memory. Tokens of a sequence are appended in order."""
+
+    def __init__(self, greeting: wire.Greeting) -> None:
+        self.replica, self.layers, self.heads = greeting.replica, greeting.layers, greeting.heads
+        self.cache = KvCache(
+            greeting.layers,
+            greeting.heads,
+            greeting.head_dim,
+            greeting.blocks,
+            greeting.block_tokens,
+            wire.dtype_of(greeting.dtype),
+            "cpu",
+        )
+        self._allocator = BlockAllocator(greeting.blocks)
+        self._tables: dict[int, list[int]] = {}
+        self._tokens: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def append(self, frame: wire.Frame, body: Tensor) -> None:
+        """Take a frame. Raises `TransportError` if it is damaged, or continues what is not here."""
+        if wire.checksum(body) != frame.crc:
+            raise TransportError(f"frame {frame.number} arrived damaged")
+        with self._lock:
+            for key in frame.ended:
+                self._forget(key)
+            found = [self._slots(*span) for span in frame.spans]
+            if found:
+                data = body.view(self.cache.dtype).view(self._shape(sum(len(part) for part in found)))
+                self.cache.scatter(torch.from_numpy(np.concatenate(found)), self.layers, self.heads, data)
+            self._tokens |= {key: stop for key, _, stop in frame.spans}
+
+    def _shape(self, tokens: int) -> tuple[int, ...]:
+        layers, heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
+        return layers, 2, tokens, heads, self.cache.head_dim
+
+    def _slots(self, key: int, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        if start == 0:
+            self._forget(key)
+        if not 0 <= start <= self._tokens.get(key, 0) or start >= stop:
+            raise TransportError(f"tokens {start} to {stop} of sequence {key} do not continue what is kept of it")
+        table = self._tables.setdefault(key, [])
+        missing = blocks_for(stop, self.cache.block_tokens) - len(table)
+        if missing > 0:
+            if not self._allocator.can_allocate(missing):
+                raise TransportError("the log is full")
+            table += self._allocator.allocate(missing)
+        return self.cache.slots(table, start, stop)
+
+    def _forget(self, key: int) -> None:
+        self._tokens.pop(key, None)
+        self._allocator.free(self._tables.pop(key, []))
+
+    def holdings(self) -> list[Holding]:
+        """What is kept, by sequence."""
+        with self._lock:
+            return [
+                Holding(self.replica, key, tokens, self.layers, self.heads, True, list(self._tables[key]))
+                for key, tokens in self._tokens.items()
+            ]
+
+
+class Keeper:
+    """Listens on `host` for streams that know `token`."""
+
+    def __init__(self, host: str, token: str) -> None:
+        self._token = token
+        self._logs: dict[tuple[int, tuple[int, int], tuple[int, int]], KvLog] = {}
+        self._lock = threading.Lock()
+        self._listener = socket.create_server((host, 0))
+        self.address = f"{host}:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, name="keeper", daemon=True).start()
+
+    def cache(self, replica: int, layers: tuple[int, int], heads: tuple[int, int]) -> KvCache:
+        """The cache of a log that holds these ranges. Raises `GroupBroken` if it was dropped."""
+        with self._lock:
+            for log in self._logs.values():
+                if log.replica == replica and _within(layers, log.layers) and _within(heads, log.heads):
+                    return log.cache
+        raise GroupBroken(f"the copy of replica {replica} is not here any more")
+
+    def holdings(self, replicas: Sequence[int]) -> list[Holding]:
+        """What is kept of these replicas."""
+        with self._lock:
+            logs = [log for log in self._logs.values() if log.replica in replicas]
+        return [one for log in logs for one in log.holdings()]
+
+    def drop_others(self, replicas: Sequence[int]) -> None:
+        """Give the memory of all other logs back."""
+        with self._lock:
+            self._logs = {key: log for key, log in self._logs.items() if log.replica in replicas}
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="kept-stream", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                log = self._greet(connection)
+                while True:
+                    frame, body = wire.receive(connection, wire.Frame, most_bytes=_FRAME_BYTES)
+                    log.append(frame, body)
+                    wire.send(connection, wire.Answer(frame.number))
+            except TransportError as error:
+                with contextlib.suppress(OSError):
+                    wire.send(connection, wire.Answer(-1, str(error)))
+                logger.info("a stream of KV ended: %s", error)
+            except OSError as error:
+                logger.info("a stream of KV ended: %s", error)
+
+    def _greet(self, connection: socket.socket) -> KvLog:
+        connection.settimeout(_SILENCE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        greeting, _ = wire.receive(connection, wire.Greeting, most_bytes=0, head_bytes=_GREETING_BYTES)
+        if not hmac.compare_digest(greeting.token.encode(), self._token.encode()):
+            raise TransportError("wrong join token")
+        connection.settimeout(None)
+        log = KvLog(greeting)
+        with self._lock:
+            self._logs[log.replica, log.layers, log.heads] = log
+        wire.send(connection, wire.Answer(0))
+        return log
+
+
+def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] <= inner[1] <= outer[1]

@@ -1,0 +1,217 @@
+"""Sends the KV of one rank, as it grows, to the worker that keeps a copy.
+
+The cache itself is the buffer: KV is a log per sequence, so whatever was computed and not sent yet can
+be read at any time later. Short tails go first, so a long prompt does not hold tokens up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.engine.batch import StepPlan
+from serving.engine.kv_cache import KvCache
+from serving.engine.kv_index import Cached, KvIndex
+from serving.errors import TransportError
+from serving.worker import kv_wire as wire
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_S = 2.0
+_QUIET_S = 0.05  # how long to wait for something new before looking whether to stop
+_AGAIN_S = 0.5  # between two attempts to connect
+_WINDOW = 4  # frames that may be unanswered
+_PATIENCE_S = 1.0  # how long a step waits for its copies; a keeper that is slower holds nobody up
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of a sequence that are sent next, and what is known of it."""
+
+    key: int
+    start: int
+    stop: int
+    cached: Cached
+
+
+def next_spans(cached: dict[int, Cached], sent: dict[int, Cached], most_tokens: int) -> list[Span]:
+    """What to send next, of `cached` and not yet `sent` tokens: short tails first, `most_tokens` in all."""
+    tails = [
+        Span(key, start, one.tokens, one)
+        for key, one in cached.items()
+        if (start := _sent_tokens(sent.get(key), one)) < one.tokens
+    ]
+    spans: list[Span] = []
+    room = most_tokens
+    for span in sorted(tails, key=lambda span: (span.stop - span.start, span.key)):
+        stop = min(span.stop, span.start + room)
+        if stop > span.start:
+            spans.append(Span(span.key, span.start, stop, span.cached))
+            room -= stop - span.start
+    return spans
+
+
+def _sent_tokens(sent: Cached | None, now: Cached) -> int:
+    return sent.tokens if sent is not None and sent.life == now.life else 0
+
+
+class KvStream(threading.Thread):
+    """The stream of one rank of `replica` to the keeper at `address`. Ends with `stop`; survives a lost connection."""
+
+    def __init__(
+        self, address: str, token: str, replica: int, cache: KvCache, index: KvIndex, *, frame_bytes: int
+    ) -> None:
+        super().__init__(name=f"kv-stream-{replica}", daemon=True)
+        self._address, self._token, self._replica = address, token, replica
+        self._cache, self._index = cache, index
+        layers, heads = cache.layers[1] - cache.layers[0], cache.heads[1] - cache.heads[0]
+        token_bytes = 2 * layers * heads * cache.head_dim * cache.dtype.itemsize
+        self._frame_tokens = max(1, frame_bytes // token_bytes)
+        self._sent: dict[int, Cached] = {}
+        self._unanswered: dict[int, list[Span]] = {}
+        self._kept: dict[int, int] = {}
+        self._answered = threading.Condition()
+        self._connection: socket.socket | None = None
+        self._stopped = False
+        self._numbers = 0
+
+    # -- from other threads ---------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End the stream; the copy stays where it is."""
+        self._stopped = True
+        self._hang_up()
+
+    def hold(self, plan: StepPlan, lag_tokens: int) -> None:
+        """Wait until the copy of every decoding sequence of `plan` is at most `lag_tokens` behind.
+
+        Gives up after a second, and does not wait at all while there is no connection.
+        """
+        wanted = {one.key: one.start - lag_tokens for one in plan.sequences if len(one.tokens) == 1}
+        until = time.monotonic() + _PATIENCE_S
+        with self._answered:
+            while self._connection is not None and any(self._kept.get(key, 0) < least for key, least in wanted.items()):
+                if not self._answered.wait(until - time.monotonic()):
+                    return
+
+    # -- the thread -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Stream until stopped; connect again when the connection is lost."""
+        with torch.inference_mode(), self._side_stream():
+            while not self._stopped:
+                try:
+                    self._stream()
+                except (OSError, TransportError) as error:
+                    if not self._stopped:
+                        logger.info("no copies of replica %d at %s: %s", self._replica, self._address, error)
+                self._hang_up()
+                if not self._stopped:
+                    time.sleep(_AGAIN_S)
+
+    def _side_stream(self) -> contextlib.AbstractContextManager[object]:
+        if self._cache.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self._cache.device))
+
+    def _stream(self) -> None:
+        connection = self._connect()
+        reader = threading.Thread(target=self._read, args=(connection,), name="kv-answers", daemon=True)
+        reader.start()
+        while not self._stopped and reader.is_alive():
+            cached = self._index.snapshot()
+            ended = [key for key in self._sent if key not in cached]
+            spans = next_spans(cached, self._sent, self._frame_tokens)
+            if spans or ended:
+                self._send(connection, spans, ended)
+            else:
+                self._index.wait(_QUIET_S)
+
+    def _connect(self) -> socket.socket:
+        host, _, port = self._address.rpartition(":")
+        connection = socket.create_connection((host, int(port)), timeout=_CONNECT_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        cache = self._cache
+        dtype = str(cache.dtype).removeprefix("torch.")
+        wire.send(
+            connection,
+            wire.Greeting(
+                self._token,
+                self._replica,
+                cache.layers,
+                cache.heads,
+                cache.head_dim,
+                cache.blocks,
+                cache.block_tokens,
+                dtype,
+            ),
+        )
+        answer, _ = wire.receive(connection, wire.Answer, most_bytes=0)
+        if answer.refusal:
+            raise TransportError(answer.refusal)
+        connection.settimeout(None)
+        with self._answered:
+            self._sent, self._unanswered, self._kept = {}, {}, {}
+            self._connection = connection
+        return connection
+
+    def _send(self, connection: socket.socket, spans: list[Span], ended: list[int]) -> None:
+        data = self._load(spans) if spans else None
+        if any(not self._index.unchanged(span.key, span.cached) for span in spans):
+            return  # blocks may have been given to somebody else while they were read
+        body = wire.as_bytes(data) if data is not None else None
+        self._numbers += 1
+        with self._answered:
+            self._unanswered[self._numbers] = spans
+            while len(self._unanswered) > _WINDOW and self._connection is connection:
+                self._answered.wait(_PATIENCE_S)
+        frame = [(span.key, span.start, span.stop) for span in spans]
+        wire.send(connection, wire.Frame(self._numbers, frame, ended, wire.checksum(body) if body else 0), body)
+        for key in ended:
+            del self._sent[key]
+        for span in spans:
+            self._sent[span.key] = Cached(span.stop, (), span.cached.life)
+
+    def _load(self, spans: list[Span]) -> Tensor:
+        mark = self._index.mark
+        if isinstance(mark, torch.cuda.Event):
+            torch.cuda.current_stream(self._cache.device).wait_event(mark)
+        found = [self._cache.slots(span.cached.blocks, span.start, span.stop) for span in spans]
+        slots = torch.from_numpy(np.concatenate(found)).to(self._cache.device)
+        data = self._cache.gather(slots, self._cache.layers, self._cache.heads)
+        if data.device.type == "cpu":
+            return data
+        pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+        pinned.copy_(data, non_blocking=True)
+        torch.cuda.current_stream(self._cache.device).synchronize()
+        return pinned
+
+    def _read(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, TransportError):
+            while True:
+                answer, _ = wire.receive(connection, wire.Answer, most_bytes=0)
+                if answer.refusal:
+                    logger.warning("the keeper of replica %d: %s", self._replica, answer.refusal)
+                    break
+                with self._answered:
+                    for span in self._unanswered.pop(answer.number, []):
+                        self._kept[span.key] = span.stop
+                    self._answered.notify_all()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        with self._answered:
+            connection, self._connection = self._connection, None
+            self._answered.notify_all()
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
