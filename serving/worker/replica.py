@@ -143,8 +143,8 @@ class StepLoop(threading.Thread, ABC):
     def _compute(self, plan: StepPlan) -> Tensor | None:
         """Run this rank's stage; hand the activations on, or return the logits (tail only)."""
         position = self.position
-        self.gate(plan)
         position.index.begin(plan)
+        self.gate(plan)
         shards, rank = position.role.shards, position.role.rank
         hidden = None
         if not position.first:

@@ -216,6 +216,7 @@ class Worker:
                 raise GroupBroken("the epoch was abandoned meanwhile")
             done = [self._prepared.pop(order.epoch)]
             self._take_over(order, prepared)
+        del prepared  # taking its group down must not hold the answer up
         _clear_aside(done)
         return m.Switched(order.epoch, sent)
 
