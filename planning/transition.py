@@ -61,8 +61,11 @@ def plan_transition(
     usable: Sequence[Device],
     resident: Mapping[Device, Sequence[Box]],
     element_bytes: int,
+    whole: bool = False,
 ) -> Transition:
     """Map `target` onto the usable devices with the least movement.
+
+    With `whole`, every device of a new replica is to hold the whole model, so that later changes move no weights.
 
     `resident` lists the boxes of every device that still answers, also of those that are leaving:
     they may serve as sources. Raises `Infeasible` if the target needs more devices than are usable.
@@ -88,7 +91,7 @@ def plan_transition(
         for index in range(target.replicas)
         if index not in kept
     )
-    needed = _needed(spec, target, new)
+    needed = _needed(spec, replace(target, stages=1, shards=1, partition=()) if whole else target, new)
     return Transition(
         config=replace(target, replicas=1),
         keep=keep,
@@ -108,10 +111,14 @@ def _as_layout(live: Sequence[LiveReplica]) -> Layout | None:
 
 def _needed(spec: ModelSpec, target: ParallelConfig, new: Sequence[NewReplica]) -> dict[Device, tuple[Box, ...]]:
     return {
-        device: weight_boxes(spec, target, Position(0, rank // target.shards, rank % target.shards))
-        for replica in new
-        for rank, device in enumerate(replica.devices)
+        device: position_boxes(spec, target, rank) for replica in new for rank, device in enumerate(replica.devices)
     }
+
+
+def position_boxes(spec: ModelSpec, config: ParallelConfig, rank: int) -> tuple[Box, ...]:
+    """What rank `rank` of a replica needs; ranks beyond it start over."""
+    stage, shard = divmod(rank % (config.stages * config.shards), config.shards)
+    return weight_boxes(spec, config, Position(0, stage, shard))
 
 
 def common(held: Sequence[Box], needed: Sequence[Box]) -> tuple[Box, ...]:

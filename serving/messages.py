@@ -82,6 +82,12 @@ class Resident(Message):
     life: int = 0
 
 
+class Preloaded(Message):
+    """These boxes are in memory now."""
+
+    boxes: list[Box]
+
+
 class Residents(Message):
     """The leader goes on; at this step boundary these sequences have KV."""
 
@@ -236,6 +242,12 @@ class Pause(Message):
     """To a leader: stop replica at the next step boundary and report `Paused`."""
 
     replica: int
+
+
+class Preload(Message):
+    """Bring boxes into memory from the checkpoint, for an epoch that may come; answered by `Preloaded`."""
+
+    boxes: list[Box]
 
 
 class Snapshot(Message):
@@ -399,6 +411,7 @@ Upward = (
     | Notice
     | WorkerExited
     | Prepared
+    | Preloaded
     | Residents
     | Paused
     | Holdings
@@ -413,6 +426,7 @@ Downward = (
     | Rejected
     | Alive
     | Prepare
+    | Preload
     | Snapshot
     | Pause
     | Survey

@@ -58,6 +58,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
     numerics: str = "auto"
     block_tokens: int = 16
+    residency: str = "shard"  # weights a device keeps: of its position, or of the whole "model"
     kv_blocks: int = 0  # 0: from kv_memory_bytes
     kv_memory_bytes: int = 64 << 20
     step_tokens: int = 256  # prefill + decode tokens of one step
@@ -87,11 +88,17 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineSettings = EngineSettings()
 
 
+def _check(settings: ServingSettings) -> ServingSettings:
+    if settings.engine.residency not in ("shard", "model"):
+        raise InvalidInput(f"residency {settings.engine.residency!r} is unknown; choose shard or model")
+    return settings
+
+
 def load(path: str) -> ServingSettings:
     """Read settings from a JSON file. Raises `InvalidInput` if they cannot be read or make no sense."""
     try:
         with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(), type=ServingSettings)
+            return _check(msgspec.json.decode(file.read(), type=ServingSettings))
     except OSError as error:
         raise InvalidInput(f"cannot read the settings {path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from data.errors import Infeasible
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
 from data.plan import PlanBook
 from planning.resharding import Box
-from planning.transition import LiveReplica, Transition, common, plan_transition
+from planning.transition import LiveReplica, Transition, common, plan_transition, position_boxes
 from serving import messages as m
 from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
@@ -136,6 +137,9 @@ class Fleet:
         """Tokens go to the ledger, everything else to the reconfiguration under way."""
         if isinstance(message, m.Tokens):
             self._take(device, message)
+            return
+        if isinstance(message, m.Preloaded):
+            self._resident[device] = tuple(message.boxes)
             return
         if isinstance(message, m.Failed) and message.phase == "step":
             replica = self.dispatcher.replicas.get(message.replica)
@@ -291,6 +295,19 @@ class Fleet:
             self._copies.arrange(self.dispatcher.replicas.values())
         self._report_capacity()
         self._dismiss_idle()
+        self._preload_spares()
+
+    def _preload_spares(self) -> None:
+        """Devices without a position fetch the weights of one: as many more of each as there are spares."""
+        if self.config is None:
+            return
+        busy = {device for replica in self.dispatcher.replicas.values() for device in replica.devices}
+        whole = self._settings.engine.residency == "model"
+        config = replace(self.config, stages=1, shards=1, partition=()) if whole else self.config
+        for index, device in enumerate(one for one in self.membership.usable_devices() if one not in busy):
+            boxes = position_boxes(self._spec, config, index)
+            if not self._resident.get(device):
+                self.membership.send(device, m.Preload(list(boxes)))
 
     def _target(self) -> ParallelConfig | None:
         return self.book.plan_for(self.membership.state()).config
@@ -309,6 +326,7 @@ class Fleet:
                 usable=self.membership.usable_devices(),
                 resident=resident,
                 element_bytes=_ELEMENT_BYTES[self._settings.engine.dtype],
+                whole=self._settings.engine.residency == "model",
             )
         except Infeasible as error:
             logger.warning("%s", error)

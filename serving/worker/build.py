@@ -13,6 +13,7 @@ from data.errors import InvalidInput
 from data.layout import ParallelConfig
 from data.layout import Position as Coordinates
 from data.models import ModelSpec, kv_head_range
+from planning.resharding import Box
 from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.free import FreeModel
 from serving.engine.kv_cache import KvCache
@@ -96,7 +97,8 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
         free = FreeModel(spec, build.engine.free_step_s)
         return Position(role, free, cache, group, free.draw)
     comm = build.group(f"r{role.replica}s{stage}", peers, own)
-    weights = {name: held.data for name, held in tensors.items()}
+    # What is resident may be more than this position needs.
+    weights = {part.name: tensors[part.name].view(Box(part.name, *box)) for part, *box in place.boxes(spec)}
     model = ShardModel(spec, place, weights, numerics=numerics_of(build.engine), comm=comm, cache=cache)
     return Position(role, model, cache, group, _draw)
 

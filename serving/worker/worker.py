@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from planning.resharding import Box
 from serving import messages as m
 from serving.engine.kv_cache import KvCache
 from serving.engine.kv_index import Cached
@@ -120,6 +121,8 @@ class Worker:
             case m.Prepare():
                 connection = self._connection
                 self._in_thread(message.epoch, -1, "prepare", lambda: self._prepare(message, connection))
+            case m.Preload(boxes=boxes):
+                self._in_thread(-1, -1, "preload", lambda: self._preload(boxes))
             case m.Pause(replica=replica):
                 self._to_leader(replica, Leader.pause)
             case m.Snapshot(epoch=epoch, replica=replica):
@@ -201,6 +204,20 @@ class Worker:
                 raise GroupBroken("the epoch was abandoned meanwhile")
             self._prepared[order.epoch] = PreparedRole(order.world, world, position, held)
         return m.Prepared(order.epoch, result.local_bytes, result.received_bytes, result.disk_bytes)
+
+    def _preload(self, boxes: list[Box]) -> m.Message:
+        """A spare fetches weights before they are needed; a role that comes meanwhile is more important."""
+        loaded = {}
+        for box in boxes:
+            if self._loop is not None or self._prepared:
+                raise GroupBroken("a role came before the weights were in")
+            data = self._reader.read(box.tensor, box.start, box.stop)
+            loaded[box.tensor] = HeldTensor(box, data.to(self._device, weight_dtype(self._settings.engine)))
+        with self._lock:
+            if self._loop is not None or self._prepared:
+                raise GroupBroken("a role came before the weights were in")
+            self._held = loaded
+        return m.Preloaded(boxes)
 
     def _copy(self, order: m.Copy) -> m.Message:
         prepared = self._prepared[order.epoch]
