@@ -183,7 +183,9 @@ class Fleet:
         """A replica failed: what it worked on is replayed elsewhere, its survivors drop it."""
         if replica.number not in self.dispatcher.replicas:
             return
-        self._events.emit("replica_failed", epoch=replica.epoch, replica=replica.number, reason=reason)
+        requests = [record.request.request_id for record in replica.records.values()]
+        number = replica.number
+        self._events.emit("replica_failed", epoch=replica.epoch, replica=number, reason=reason, requests=requests)
         if self._current is not None and replica in self._current.retired:
             # Its KV is gone, and with it the transfers that were planned.
             self._current.fail(f"replica {replica.number} failed: {reason}")
