@@ -67,9 +67,10 @@ def _planned(record: Mapping[str, Any]) -> Sequence[Bar]:
         return []
     name, moved = _name(record), record["bytes"]
     rates = [moved[key] for key in ("weights_link_share", "kv_link_share") if key in moved]
+    shares = [record["preparing_share"]] if record["preparing_share"] is not None else []  # it was too short
     return [
         Bar(name, "longest gap, ms", record["gap_ms"]["longest"], GAP_MS),
-        Bar(name, "throughput while preparing", record["preparing_share"], PREPARING_SHARE, least=True),
+        *(Bar(name, "throughput while preparing", share, PREPARING_SHARE, least=True) for share in shares),
         Bar(name, "bytes above the minimum", moved["excess"], EXCESS),
         *(Bar(name, "transfer rate of the link", rate, LINK_SHARE, least=True) for rate in sorted(rates)[:1]),
     ]

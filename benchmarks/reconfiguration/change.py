@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.reconfiguration.timeline import Arrivals, Timeline, gaps, longest_s, step_s
+from benchmarks.reconfiguration.timeline import Arrivals, Timeline, gaps, longest_s, rate, step_s
 from serving.requests import Event
 
 _LEVEL = 1.2  # a service is at its level when tokens are at most this much further apart than they were
@@ -15,6 +15,7 @@ _LEVEL_STEPS = 10
 _PEAK = 0.98
 _PEAK_STEPS = 50
 _PEAK_WINDOW_S = 0.5
+_FEWEST_STEPS = 8  # a preparation that is shorter says nothing about throughput
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,22 @@ class Quiet:
 
 
 def seen(timelines: Sequence[Timeline], moments: Moments, quiet: Quiet) -> dict[str, Any]:
-    """Gaps, step times, throughput while preparing, and the four clocks of a planned change."""
+    """Gaps, step times, throughput while preparing, and the four clocks of a planned change.
+
+    The gap `quiet` is the longest without any change, `longest` the longest of those around the change.
+    """
     touched = [one for one in timelines if one.spans(moments.restored_s)]
-    arrivals = Arrivals(timelines)
-    before, after = arrivals.rate(*quiet.before), arrivals.rate(*quiet.after)
-    preparing = arrivals.rate(moments.started_s, moments.paused_s)
+    before, after = rate(timelines, *quiet.before), rate(timelines, *quiet.after)
+    preparing = rate(timelines, moments.started_s, moments.paused_s)
     steps = {"before": step_s(timelines, *quiet.before), "after": step_s(timelines, *quiet.after)}
+    measurable = moments.paused_s - moments.started_s >= _FEWEST_STEPS * steps["before"]
     return {
         "requests": len(touched),
         "gap_ms": _gaps_ms(touched, moments, quiet),
         "step_ms": {name: _ms(value) for name, value in steps.items()},
         "tokens_per_s": {"before": _round(before), "preparing": _round(preparing), "after": _round(after)},
-        "preparing_share": _round(preparing / before, 4),
+        "preparing_s": _round(moments.paused_s - moments.started_s, 4),
+        "preparing_share": _round(preparing / before, 4) if measurable else None,
         "clocks_s": clocks(timelines, touched, moments.paused_s, moments.restored_s, quiet),
     }
 
@@ -78,7 +83,8 @@ def _gaps_ms(touched: Sequence[Timeline], moments: Moments, quiet: Quiet) -> dic
     # What reaches into the switch belongs to the switch; the neighbours are what is wholly outside of it.
     longest["before"] = _outside(touched, *parts["before"], moments)
     longest["after"] = _outside(touched, *parts["after"], moments)
-    return {"longest": _ms(max(longest.values())), **{name: _ms(value) for name, value in longest.items()}}
+    named = {"longest": max(longest.values()), **longest, "quiet": longest_s(touched, *quiet.before)}
+    return {name: _ms(value) for name, value in named.items()}
 
 
 def _outside(touched: Sequence[Timeline], since_s: float, until_s: float, moments: Moments) -> float:
@@ -101,7 +107,7 @@ def clocks(
     slower: a smaller layout never gets back to the pace of a larger one. None where it did not happen in time.
     """
     arrivals = Arrivals(timelines)
-    pace = min(arrivals.rate(*quiet.before), arrivals.rate(*quiet.after))
+    pace = min(rate(timelines, *quiet.before), rate(timelines, *quiet.after))
     step = max(step_s(timelines, *quiet.before), step_s(timelines, *quiet.after))
     firsts = [time for one in touched if (time := _first_after(one, restored_s)) is not None]
     level = peak = None

@@ -12,11 +12,12 @@ from benchmarks.reconfiguration.change import Quiet, clocks
 from benchmarks.reconfiguration.options import replication
 from benchmarks.reconfiguration.planned import Report, controller_says
 from benchmarks.reconfiguration.stage import Bench, Stage, stage
-from benchmarks.reconfiguration.timeline import Timeline, continuity, longest_s, stall_s, step_s
+from benchmarks.reconfiguration.timeline import Timeline, continuity, gaps, longest_s, stall_s, step_s
 from data.layout import Device
 from serving.requests import Event
 
 _BROKEN_S = 30.0
+_EARLIER_S = 1e-6
 _INSTANCES = 4
 _LAYOUTS = {2: "1x1x2", 3: "1x1x2", 4: "2x1x2"}
 
@@ -121,27 +122,25 @@ async def working(play: Stage, rank: int) -> Device:
 
 
 def restored_s(kill: Kill, affected: Sequence[Timeline], offset_s: float) -> float:
-    """When the affected requests had their state again: with the layout of the recovery, if it needed one before
-    they went on, else at the last moment before their first tokens; the clients' clock.
+    """When the affected requests had their state again: with the layout of the recovery if they needed one to go
+    on, else just before the first of them did; the clients' clock.
     """
-    firsts = [
-        next((at for at in one.times_s if at > kill.at_s + _in_flight_s(kill, offset_s)), None) for one in affected
-    ]
-    first = min((at for at in firsts if at is not None), default=kill.until_s)
+    resumed = min((_stall_end_s(one, kill) for one in affected), default=kill.until_s)
     layouts = [event.time_s - offset_s for event in kill.events if event.kind == "layout"]
-    return max((at for at in layouts if at <= first), default=max(kill.at_s, first - 1e-6))
+    return max((at for at in layouts if at <= resumed), default=max(kill.at_s, resumed - _EARLIER_S))
 
 
-def _in_flight_s(kill: Kill, offset_s: float) -> float:
-    """How long after the kill the controller learnt of it: what came until then had been on its way."""
-    noticed = next((event.time_s - offset_s for event in kill.events if event.kind == "replica_failed"), kill.at_s)
-    return max(0.0, noticed - kill.at_s)
+def _stall_end_s(timeline: Timeline, kill: Kill) -> float:
+    """The end of the longest gap: tokens that were on their way at the kill come before it."""
+    longest = max(gaps(timeline, kill.at_s, kill.until_s), key=lambda gap: gap.length_s, default=None)
+    return longest.end_s if longest else kill.until_s
 
 
 def told(kill: Kill, offset_s: float) -> dict[str, Any]:
     """When the controller noticed, and the layouts that followed."""
     layouts = [controller_says(event) for event in kill.events if event.kind == "layout"]
-    return {"noticed_ms": _ms(_in_flight_s(kill, offset_s)), "layouts": layouts}
+    noticed_s = next(event.time_s - offset_s for event in kill.events if event.kind == "replica_failed")
+    return {"noticed_ms": _ms(noticed_s - kill.at_s), "layouts": layouts}
 
 
 def _ms(value_s: float) -> float:

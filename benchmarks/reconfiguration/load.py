@@ -71,7 +71,7 @@ class Load:
         """Wait until these requests have ended or delivered a token after `since_s`; False if some did not in time."""
         waiting = [one for one in self.timelines if one.request_id in request_ids]
         until_s = time.monotonic() + timeout_s
-        while time.monotonic() < until_s:  # noqa: ASYNC110  a wake-up per token would be the client's bottleneck
+        while time.monotonic() < until_s:  # a wake-up for every token would make the client the bottleneck
             waiting = [one for one in waiting if not one.ended and (not one.times_s or one.times_s[-1] <= since_s)]
             if not waiting:
                 return True

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.reconfiguration.options import replication
 from benchmarks.reconfiguration.planned import Report
 from benchmarks.reconfiguration.stage import Bench, Stage, stage
-from benchmarks.reconfiguration.timeline import Arrivals, step_s
+from benchmarks.reconfiguration.timeline import rate, step_s
 
 _INSTANCES = 2  # one works, the other keeps the copies
 _MOST_TOKENS = 1024  # for KV of the largest batch beside the weights
@@ -55,7 +55,7 @@ async def _throughput(play: Stage) -> dict[str, Any]:
     interval = await play.watch(options.before_s + options.after_s)
     timelines = play.load.recent(interval[0])
     return {
-        "tokens_per_s": round(Arrivals(timelines).rate(*interval), 1),
+        "tokens_per_s": round(rate(timelines, *interval), 1),
         "step_ms": round(1e3 * step_s(timelines, *interval), 3),
         "errors": list(play.load.errors),
     }

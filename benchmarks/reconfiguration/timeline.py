@@ -88,6 +88,26 @@ def step_s(timelines: Iterable[Timeline], since_s: float, until_s: float) -> flo
     return float(np.median(np.concatenate(values))) if values else float("nan")
 
 
+def rate(timelines: Iterable[Timeline], since_s: float, until_s: float) -> float:
+    """Tokens per second in an interval, all requests together; NaN if nothing came.
+
+    Of a request that runs throughout, whole steps are counted: from its last message by `since_s` to its last by
+    `until_s`, so that an interval of few steps is not off by a part of one. A stall at the end is not seen.
+    """
+    found = [value for one in timelines if (value := _rate(one, since_s, until_s)) is not None]
+    return sum(found) if found else float("nan")
+
+
+def _rate(timeline: Timeline, since_s: float, until_s: float) -> float | None:
+    times = np.asarray(timeline.times_s)
+    first, last = (int(np.searchsorted(times, at, side="right")) - 1 for at in (since_s, until_s))
+    if last <= first:
+        return None
+    count = sum(timeline.counts[first + 1 : last + 1])
+    throughout = first >= 0 and not (timeline.ended and last == len(times) - 1)
+    return count / float(times[last] - times[first] if throughout else until_s - since_s)
+
+
 class Arrivals:
     """All tokens of some requests in the order in which they came."""
 
@@ -98,17 +118,6 @@ class Arrivals:
         order = np.argsort(times, kind="stable")
         self._times: Times = times[order]
         self._total = np.concatenate([[0], np.cumsum(counts[order])])
-
-    def rate(self, since_s: float, until_s: float) -> float:
-        """Tokens per second, from the last arrival by `since_s` to the last one by `until_s`.
-
-        Whole steps are counted, so that an interval of few steps is not off by a part of one. NaN if too few came.
-        """
-        first = int(np.searchsorted(self._times, since_s, side="right")) - 1
-        last = int(np.searchsorted(self._times, until_s, side="right")) - 1
-        if first < 0 or last <= first:
-            return float("nan")
-        return float((self._total[last + 1] - self._total[first + 1]) / (self._times[last] - self._times[first]))
 
     def back_at_s(self, since_s: float, window_s: float, least_rate: float) -> float | None:
         """When a whole window begins in which tokens come at `least_rate` or faster; None if none does.
