@@ -13,9 +13,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class Fleet:
     """The processes of one service, and what can be done to them.
 
     `settings` need fixed ports (`with_ports`): instances find the controller by them, also after it
-    was restarted. Everything is written below `home`.
+    was restarted. Everything is written below `home`. On CUDA every instance has GPUs of its own,
+    unless `gpus` are given: then instances share those, each new one taking the least used.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Fleet:
         home: str | Path,
         instance_type: str = "local-cpu",
         devices_per_instance: int = 1,
+        gpus: Sequence[int] = (),
     ) -> None:
         self.settings, self.home, self.instance_type = settings, Path(home).absolute(), instance_type
-        self.devices_per_instance = devices_per_instance
+        self.devices_per_instance, self._gpus = devices_per_instance, tuple(gpus)
         self.instances: dict[str, Instance] = {}
         self._feed = EventFeed()
         self.controller: ProcessGroup | None = None
@@ -118,7 +120,7 @@ class Fleet:
 
     def _launch_one(self) -> str:
         name = f"i{self._born}"
-        gpus = self._free_gpus() if self.settings.engine.device == "cuda" else ()
+        gpus = self._choose_gpus() if self.settings.engine.device == "cuda" else ()
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
         command = python_module("serving.agent", "--settings", str(self._settings_file), "--lifeline")
         command += ["--instance", name, "--type", self.instance_type, "--devices", str(self.devices_per_instance)]
@@ -127,11 +129,11 @@ class Fleet:
         self.instances[name] = Instance(name, self._spawn(name, command, visible), gpus)
         return name
 
-    def _free_gpus(self) -> tuple[int, ...]:
-        """The lowest GPUs that no live instance of this fleet has, as many as an instance has devices."""
-        taken = {gpu for instance in self.instances.values() for gpu in instance.gpus}
-        free = (gpu for gpu in range(len(taken) + self.devices_per_instance) if gpu not in taken)
-        return tuple(islice(free, self.devices_per_instance))
+    def _choose_gpus(self) -> tuple[int, ...]:
+        """The GPUs that fewest live instances of this fleet have, as many as an instance has devices."""
+        users = Counter(gpu for instance in self.instances.values() for gpu in instance.gpus)
+        choice = self._gpus or range(len(users) + self.devices_per_instance)
+        return tuple(sorted(choice, key=lambda gpu: (users[gpu], gpu))[: self.devices_per_instance])
 
     def _spawn(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> ProcessGroup:
         root = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,14 @@ async def fleet(
     home: str | Path | None = None,
     instance_type: str = "local-cpu",
     start_timeout_s: float = 120.0,
+    gpus: Sequence[int] = (),
     **settings: Any,
 ) -> AsyncIterator[Fleet]:
     """A service over `instances` instances, ready when the block begins and gone when it has ended.
 
     `plan` is a plan book or its file; None runs `LADDER`, or what the `registry` among the settings says.
-    `home` keeps settings, journal and logs (a temporary directory by default). Further `settings` are
+    `home` keeps settings, journal and logs (a temporary directory by default); `gpus` are shared by all
+    instances, which otherwise have their own. Further `settings` are
     fields of `ServingSettings`, such as `timeouts`, `capacity` and `engine`. Raises `StartFailed`, and
     `Leftovers` at the end.
     """
@@ -84,6 +86,7 @@ async def fleet(
             home=folder,
             instance_type=instance_type,
             devices_per_instance=devices_per_instance,
+            gpus=gpus,
         )
         try:
             await service.start(instances, timeout_s=start_timeout_s)

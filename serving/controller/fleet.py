@@ -201,7 +201,9 @@ class Fleet:
         """A replica failed: its requests wait until it is known what can be restored; survivors keep its KV."""
         if replica.number not in self.dispatcher.replicas:
             return
-        self._events.emit("replica_failed", epoch=replica.epoch, replica=replica.number, reason=reason)
+        requests = [record.request.request_id for record in replica.records.values()]
+        number = replica.number
+        self._events.emit("replica_failed", epoch=replica.epoch, replica=number, reason=reason, requests=requests)
         if self._current is not None and replica in (*self._current.retired, *self._current.joined):
             # Its KV is gone, and with it the transfers that were planned.
             self._current.fail(f"replica {replica.number} failed: {reason}")

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,7 @@ _ARCHITECTURES = {
     "opt": "OPTForCausalLM",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WRITERS = 4  # files that are drawn and written at once
 _LOGIT_STD = 3.0
 _ATTENTION_GAIN = 2.0  # peaked attention: what comes next depends on the whole context, not on the last token
 
@@ -46,10 +48,12 @@ def create_checkpoint(
     max_positions: int = 512,
     dtype: str = "float32",
     max_shard_bytes: int = 1 << 30,
+    draw_on: str = "cpu",
 ) -> ModelSpec:
     """Write a random model that `transformers` and this engine load, and return its spec.
 
-    The same arguments give the same bytes. The directory appears whole or not at all; raises
+    The same arguments give the same bytes. Billions of weights are drawn in seconds on a GPU
+    (`draw_on="cuda"`), though they are not those that the CPU draws. The directory appears whole or not at all; raises
     `InvalidInput` if it exists or the geometry is impossible.
     """
     target = Path(path)
@@ -72,7 +76,7 @@ def create_checkpoint(
         ids = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "pad_token_id": 0}
         _write_json(staging / "generation_config.json", ids)
         _write_tokenizer(staging, vocab, max_positions)
-        _write_weights(staging, spec, seed, max_shard_bytes)
+        _write_weights(staging, spec, seed, max_shard_bytes, draw_on)
         os.replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -128,33 +132,53 @@ def _config(
     )
 
 
-def _write_weights(directory: Path, spec: ModelSpec, seed: int, max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
+def _write_weights(directory: Path, spec: ModelSpec, seed: int, max_shard_bytes: int, draw_on: str) -> None:
+    shards = _shards(spec, max_shard_bytes)
+    count = len(shards)
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        paths = [directory / name for name in names]
+        deque(pool.map(lambda path, shard: _write_shard(path, shard, spec, seed, draw_on), paths, shards), maxlen=0)
+    if count > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for _, tensor in shard}
+        index = {"metadata": {"total_size": spec.weight_bytes}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+_Shard = list[tuple[int, TensorSpec]]
+"""Tensors of one file with their numbers in the checkpoint."""
+
+
+def _shards(spec: ModelSpec, max_shard_bytes: int) -> list[_Shard]:
+    """Which tensors go to which file: in checkpoint order, as many as fit, but at least one."""
+    shards: list[_Shard] = [[]]
     size = 0
-    for name, tensor in _random_weights(spec, seed):
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(directory / "model.safetensors.index.json", index)
-
-
-def _random_weights(spec: ModelSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor from its own stream of random numbers, so that none depends on the others."""
     for number, tensor in enumerate(tensors(spec)):
+        tensor_bytes = tensor.elements * spec.dtype_bytes
+        if shards[-1] and size + tensor_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((number, tensor))
+        size += tensor_bytes
+    return shards
+
+
+def _write_shard(path: Path, shard: _Shard, spec: ModelSpec, seed: int, draw_on: str) -> None:
+    """Every tensor comes from its own stream of random numbers, so that none depends on the others."""
+    dtype = _DTYPES[spec.dtype]
+    values = {tensor.name: _random(tensor, seed, number, draw_on).to(dtype).cpu() for number, tensor in shard}
+    save_file(values, path, metadata={"format": "pt"})
+
+
+def _random(tensor: TensorSpec, seed: int, number: int, draw_on: str) -> Tensor:
+    if draw_on == "cpu":
         values = np.random.Generator(np.random.Philox(key=[seed, number])).standard_normal(tensor.shape, np.float32)
-        yield tensor.name, torch.from_numpy(values * _std(tensor) + _mean(tensor)).to(_DTYPES[spec.dtype])
+        return torch.from_numpy(values * _std(tensor) + _mean(tensor))
+    source = torch.Generator(draw_on).manual_seed((seed << 32) + number)
+    drawn = torch.empty(tensor.shape, dtype=torch.float32, device=draw_on)
+    return drawn.normal_(float(_mean(tensor)), float(_std(tensor)), generator=source)
 
 
 def _is_norm(tensor: TensorSpec) -> bool:

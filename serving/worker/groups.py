@@ -58,7 +58,8 @@ def _wait(work: dist.Work) -> None:
 class Group:
     """Ranks 0 … size−1 that exchange bytes and tensors. Blocking calls give up after `timeout_s`.
 
-    Construction is collective: it returns once all ranks have met in `store` under `prefix`.
+    Construction is collective: it returns once all ranks have met in `store` under `prefix`. NCCL takes one
+    rank per GPU; where ranks share one, the tensors of the group go through host memory instead.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Group:
             return
         try:
             self._gloo = _gloo(dist.PrefixStore(f"{prefix}/gloo", store), rank, size, host, timeout_s)
-            if device.type == "cuda":
+            if device.type == "cuda" and _on_distinct_gpus(
+                dist.PrefixStore(f"{prefix}/gpu", store), rank, size, device
+            ):
                 self._nccl = _nccl(dist.PrefixStore(f"{prefix}/nccl", store), rank, size, device, timeout_s)
         except RuntimeError as error:
             raise GroupBroken(f"group {prefix} did not form: {str(error).splitlines()[0][:200]}") from error
@@ -82,10 +85,12 @@ class Group:
 
     def send(self, tensor: Tensor, peer: int) -> Pending:
         """Start sending a contiguous tensor."""
-        return self._start(self._tensors, tensor, peer)
+        return self._start(self._tensors, tensor if self._nccl else tensor.cpu(), peer)
 
     def receive(self, tensor: Tensor, peer: int) -> Tensor:
         """Fill a contiguous tensor from `peer`; on CUDA the stream waits, not the caller."""
+        if self._nccl is None and tensor.device.type != "cpu":
+            return tensor.copy_(self.receive(torch.empty_like(tensor, device="cpu"), peer))
         try:
             work = self._tensors.recv([tensor], peer, 0)
         except RuntimeError as error:
@@ -198,6 +203,11 @@ class Group:
         self._aborted = True
         if self._nccl is not None:
             threading.Thread(target=self._nccl.abort, name="abort", daemon=True).start()
+
+
+def _on_distinct_gpus(store: dist.Store, rank: int, size: int, device: torch.device) -> bool:
+    store.set(str(rank), str(torch.cuda.get_device_properties(device).uuid))
+    return len({bytes(store.get(str(peer))) for peer in range(size)}) == size
 
 
 def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) -> Any:

@@ -1,0 +1,61 @@
+"""What replicating every token costs: decode throughput with and without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.reconfiguration.options import replication
+from benchmarks.reconfiguration.planned import Report
+from benchmarks.reconfiguration.stage import Bench, Stage, stage
+from benchmarks.reconfiguration.timeline import rate, step_s
+
+_INSTANCES = 2  # one works, the other keeps the copies
+_MOST_TOKENS = 1024  # for KV of the largest batch beside the weights
+_PREFILL_S = 240.0
+
+
+async def measure(bench: Bench, report: Report) -> None:
+    """Every batch size, off and on."""
+    if replication(enabled=True) is None:
+        report({"case": "replication", "name": "KV replication", "skipped": "the service has no setting for it"})
+        return
+    off = await _throughputs(bench, enabled=False)
+    on = await _throughputs(bench, enabled=True)
+    for batch in bench.options.batches:
+        cost = round(1 - on[batch]["tokens_per_s"] / off[batch]["tokens_per_s"], 4)
+        record = {"batch": batch, "cost": cost, "off": off[batch], "on": on[batch]}
+        report({"case": "replication", "name": f"B = {batch}", **record})
+
+
+async def _throughputs(bench: Bench, *, enabled: bool) -> dict[int, dict[str, Any]]:
+    """One service, one batch size after the other; requests need not outlast more than one of them."""
+    options, found = bench.options, {}
+    settings = replication(enabled=enabled) or {}
+    name = f"replication-{'on' if enabled else 'off'}"
+    async with stage(
+        bench,
+        name,
+        instances=_INSTANCES,
+        layouts={1: "1x1x1", _INSTANCES: "1x1x1"},
+        requests=options.batches[0],
+        batch=max(options.batches),
+        prompt_tokens=options.replication_context,
+        max_tokens=min(_MOST_TOKENS, options.max_tokens),
+        **settings,
+    ) as play:
+        for batch in options.batches:
+            if batch != options.batches[0]:
+                await play.load.renew(timeout_s=_PREFILL_S, requests=batch)
+            found[batch] = await _throughput(play)
+    return found
+
+
+async def _throughput(play: Stage) -> dict[str, Any]:
+    options = play.bench.options
+    interval = await play.watch(options.before_s + options.after_s)
+    timelines = play.load.recent(interval[0])
+    return {
+        "tokens_per_s": round(rate(timelines, *interval), 1),
+        "step_ms": round(1e3 * step_s(timelines, *interval), 3),
+        "errors": list(play.load.errors),
+    }
