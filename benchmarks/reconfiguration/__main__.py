@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     options = parse(arguments)
     results = Results(options)
-    with tempfile.TemporaryDirectory(prefix="perennial-reconfiguration-", dir=options.scratch) as folder:
+    with tempfile.TemporaryDirectory(prefix="perennial-reconfiguration-", dir=options.folder) as folder:
         checkpoint = _checkpoint(options, Path(folder), results)
         bench = Bench.of(options, checkpoint, results.say)
         asyncio.run(_measure_all(bench, results))

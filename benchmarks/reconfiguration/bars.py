@@ -47,7 +47,7 @@ def bars(record: Mapping[str, Any]) -> list[Bar]:
     if "skipped" in record:
         return []
     if "failed" in record:
-        return [Bar(record["case"], "ran to its end", 0.0, 1.0, least=True)]
+        return [Bar(f"{record['case']}, {record['name']}", "ran to its end", 0.0, 1.0, least=True)]
     found = {"planned": _planned, "kill": _kill, "replication": _replication, "fleet": _fleet}[record["case"]](record)
     return [*found, *_whole(record)]
 

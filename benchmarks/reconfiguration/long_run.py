@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reconfiguration.change import Moments
-from benchmarks.reconfiguration.crash import Kill, strike, working
+from benchmarks.reconfiguration.crash import Kill, strike, told, working
 from benchmarks.reconfiguration.options import replication
 from benchmarks.reconfiguration.planned import Report
 from benchmarks.reconfiguration.stage import Bench, Stage, stage
@@ -51,7 +51,8 @@ async def measure(bench: Bench, report: Report) -> None:
         await play.settle()
         for number in range(1, options.kills + 1):
             kill, joined = await _kill(play, number, found)
-            report(_kill_record(number, kill, found, joined))
+            noticed_ms = told(kill, play.offset_s)["noticed_ms"]
+            report(_kill_record(number, kill, found, joined) | {"noticed_ms": noticed_ms})
         lost, duplicated = continuity(play.load.timelines)
         errors = list(play.load.errors)
     report(_summary(found, lost, duplicated, errors, replicated=bool(settings)))

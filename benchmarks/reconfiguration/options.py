@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import disk_usage
+from tempfile import gettempdir
 from typing import Any
 
 import msgspec
@@ -15,6 +17,8 @@ from serving.settings import EngineSettings, ServingSettings, Timeouts
 
 CASES = ("planned", "kill", "replication", "fleet")
 _SLOW_STARTS = {"join_s": 120.0, "gather_s": 120.0, "prepare_s": 180.0, "switch_s": 60.0, "collective_s": 60.0}
+
+_SPARE = 1.2  # room for a checkpoint, as a multiple of its weights
 
 _CUDA: dict[str, Any] = {
     "cases": "planned,kill,replication", "requests": 32, "context": 2048, "max_tokens": 4096, "step_tokens": 2048,
@@ -66,6 +70,13 @@ class Options:
         names = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "dtype")
         geometry = {name: getattr(self, name) for name in names}
         return {"family": "llama", "max_positions": self.context + self.max_tokens, **geometry}
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is made: `scratch`, or the system's temporary folder if that lacks room."""
+        model = {name: value for name, value in self.model.items() if name != "family"}
+        size = ModelSpec("", "llama", head_dim=self.hidden // self.heads, **model).weight_bytes
+        return self.scratch if disk_usage(self.scratch).free > _SPARE * size else Path(gettempdir())
 
     @property
     def instance_type(self) -> str:

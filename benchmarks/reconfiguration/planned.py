@@ -12,6 +12,7 @@ from benchmarks.reconfiguration.minimum import World, against
 from benchmarks.reconfiguration.options import has_residency
 from benchmarks.reconfiguration.stage import Bench, Stage, config, stage
 from benchmarks.reconfiguration.timeline import continuity
+from data.errors import PerennialError
 from data.layout import Device
 from serving.requests import Event
 
@@ -61,7 +62,10 @@ async def measure(bench: Bench, link_bytes_per_s: float | None, report: Report) 
         if residency == "model" and not has_residency():
             report({"case": "planned", "name": "residency", "skipped": "the engine has no setting for residency"})
             continue
-        await _chain(bench, steps, residency, link_bytes_per_s, report)
+        try:
+            await _chain(bench, steps, residency, link_bytes_per_s, report)
+        except (PerennialError, TimeoutError) as error:  # the other chain has a service of its own
+            report({"case": "planned", "name": f"residency {residency}", "failed": f"{type(error).__name__}: {error}"})
 
 
 async def _chain(

@@ -7,10 +7,21 @@ import pytest
 
 from perennial.processes import ProcessGroup, gone, living
 from perennial.scenario import Shape, scenario
-from perennial.testing import Leftovers, StartFailed, collect, compare, fleet, given_plans, reference_streams
+from perennial.testing import (
+    Fleet,
+    Instance,
+    Leftovers,
+    StartFailed,
+    collect,
+    compare,
+    fleet,
+    given_plans,
+    reference_streams,
+)
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.weights import read_spec
 from serving.requests import GenerationRequest, Limits, Sampling
+from serving.settings import ServingSettings
 
 SHAPE = Shape(requests=6, prompt_tokens=(4, 40), output_tokens=(150, 200))
 
@@ -20,6 +31,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
     create_checkpoint(str(path), family="llama", layers=4, hidden=64, heads=8, kv_heads=4, ffn=128)
     return str(path)
+
+
+def test_instances_share_given_gpus_evenly_and_have_their_own_otherwise(tmp_path: Path) -> None:
+    settings = ServingSettings(checkpoint="", journal="", token="")
+    for gpus, expected in (((), [0, 1, 2, 3]), ((0, 1), [0, 1, 0, 1]), ((5,), [5, 5, 5, 5])):
+        service = Fleet(settings, home=tmp_path, gpus=gpus)
+        for name in "abcd":
+            service.instances[name] = Instance(name, None, service._choose_gpus())
+        assert [instance.gpus for instance in service.instances.values()] == [(gpu,) for gpu in expected]
+        lost = service.instances.pop("b").gpus
+        assert service._choose_gpus() == lost, "the one whose instance is gone is the least used"
 
 
 async def test_streams_survive_notice_kill_addition_and_a_new_controller(checkpoint: str) -> None:
