@@ -52,6 +52,13 @@ class Notice(Message):
     source: str
 
 
+class Advice(Message):
+    """An instance may have to go, says `source`: prepare for it; there is no deadline and it stays."""
+
+    instance: str
+    source: str
+
+
 class WorkerExited(Message):
     """An agent saw a worker process end."""
 
@@ -282,6 +289,7 @@ Upward = (
     | WorkerHello
     | Heartbeat
     | Notice
+    | Advice
     | WorkerExited
     | Prepared
     | Paused

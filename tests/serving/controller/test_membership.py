@@ -34,6 +34,9 @@ class Log:
     def instance_noticed(self, instance: InstanceState, deadline_s: float, source: str) -> None:
         self.said.append(("noticed", instance.name, deadline_s, source))
 
+    def instance_advised(self, instance: InstanceState, source: str) -> None:
+        self.said.append(("advised", instance.name, source))
+
     def instance_lost(self, instance: InstanceState, reason: str) -> None:
         self.said.append(("lost", instance.name))
 
