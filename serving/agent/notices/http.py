@@ -92,12 +92,13 @@ def _status(line: bytes) -> int:
 
 
 async def _read_fields(reader: asyncio.StreamReader) -> HTTPMessage:
-    lines: list[bytes] = []
-    while not lines or lines[-1] not in (b"\r\n", b"\n"):
-        lines.append(await reader.readuntil(b"\n"))
-        if sum(map(len, lines)) > _MOST_BYTES:
-            raise ValueError("its headers have no end")
-    return parse_headers(BytesIO(b"".join(lines)))
+    head = bytearray()
+    line = b""
+    while line not in (b"\r\n", b"\n"):
+        line = await reader.readuntil(b"\n")
+        head += line
+        _bounded(len(head))
+    return parse_headers(BytesIO(head))
 
 
 async def _read_body(reader: asyncio.StreamReader, fields: HTTPMessage) -> bytes:
@@ -123,5 +124,5 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
 
 def _bounded(size: int) -> int:
     if not 0 <= size <= _MOST_BYTES:
-        raise ValueError(f"an answer of {size} bytes is none of a metadata service")
+        raise ValueError(f"{size} bytes are not the size of an answer")
     return size
