@@ -114,17 +114,20 @@ class Fleet:
         command = python_module("serving.controller", "--settings", str(self._settings_file), "--lifeline")
         self.controller = self._spawn("controller", command)
 
-    def launch(self, count: int = 1) -> list[str]:
-        """Start instances and return their names at once; they join when they are up."""
-        return [self._launch_one() for _ in range(count)]
+    def launch(self, count: int = 1, *, notices: str = "") -> list[str]:
+        """Start instances and return their names at once; they join when they are up.
 
-    def _launch_one(self) -> str:
+        `notices` are their notice sources, such as `aws=http://127.0.0.1:8080` (docs/notices.md).
+        """
+        return [self._launch_one(notices) for _ in range(count)]
+
+    def _launch_one(self, notices: str) -> str:
         name = f"i{self._born}"
         gpus = self._choose_gpus() if self.settings.engine.device == "cuda" else ()
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
         command = python_module("serving.agent", "--settings", str(self._settings_file), "--lifeline")
         command += ["--instance", name, "--type", self.instance_type, "--devices", str(self.devices_per_instance)]
-        command += ["--controller", f"{self.settings.host}:{self.settings.control_port}"]
+        command += ["--controller", f"{self.settings.host}:{self.settings.control_port}", "--notices", notices]
         self._born += 1
         self.instances[name] = Instance(name, self._spawn(name, command, visible), gpus)
         return name
@@ -221,9 +224,9 @@ class Fleet:
 
     # -- what happens to fleets -----------------------------------------------------------------
 
-    async def add(self, count: int = 1, *, timeout_s: float = 60.0) -> list[str]:
-        """Start instances and wait until the controller knows them."""
-        names = self.launch(count)
+    async def add(self, count: int = 1, *, notices: str = "", timeout_s: float = 60.0) -> list[str]:
+        """Start instances, with these notice sources, and wait until the controller knows them."""
+        names = self.launch(count, notices=notices)
         for name in names:
             await self.wait_event(_joined(name), timeout_s=timeout_s)
         return names

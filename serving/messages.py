@@ -53,6 +53,13 @@ class Notice(Message):
     source: str
 
 
+class Advice(Message):
+    """An instance may have to go, says `source`: prepare for it; there is no deadline and it stays."""
+
+    instance: str
+    source: str
+
+
 class WorkerExited(Message):
     """An agent saw a worker process end."""
 
@@ -409,6 +416,7 @@ Upward = (
     | WorkerHello
     | Heartbeat
     | Notice
+    | Advice
     | WorkerExited
     | Prepared
     | Preloaded

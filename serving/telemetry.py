@@ -63,6 +63,7 @@ class Metrics:
         self._finished = self._counter("request_success", "Requests that ended, by reason.", ("finished_reason",))
         self._rejected = self._counter("requests_rejected", "Requests refused at admission, by error.", ("error",))
         self._preemptions = self._counter("preemptions", "Instances taken away, by who said so.", ("source",))
+        self._advices = self._counter("advices", "Instances said to be likely to go, by who said so.", ("source",))
         self._migrations = self._counter("migrations", "Requests moved to another layout, by mode.", ("mode",))
         self._replayed = self._counter("tokens_replayed", "Tokens computed again because their KV was lost.")
         self._moved = self._counter("moved_bytes", "Bytes moved by reconfigurations, by what.", ("what",))
@@ -96,6 +97,10 @@ class Metrics:
     def preemption(self, source: str) -> None:
         """An instance is being taken away; `source` is a notice source, `crash` or `lease`."""
         self._preemptions.labels(source).inc()
+
+    def advised(self, source: str) -> None:
+        """An instance is likely to be taken away, says `source`."""
+        self._advices.labels(source).inc()
 
     def migration(self, mode: str, requests: int = 1) -> None:
         """`requests` went to a new layout; `mode` is `move` or `replay`."""

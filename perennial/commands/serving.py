@@ -78,7 +78,10 @@ def agent(
         str, typer.Option(help="Address of this machine at which the workers of others reach its.")
     ] = "127.0.0.1",
     token_file: Annotated[Path | None, typer.Option(help="Join token; by default the one of this home.")] = None,
-    notice_file: Annotated[str, typer.Option(help="A file whose appearance announces the end.")] = "",
+    notices: Annotated[
+        str, typer.Option(help="Who announces the end: aws, gcp, azure, ray, file:PATH; separated by commas.")
+    ] = "",
+    grace_s: Annotated[float, typer.Option(help="Seconds left at SIGTERM, or when a notice does not say.")] = 30.0,
 ) -> None:
     """Join this machine to a service as one instance. SIGTERM is a preemption notice."""
     from data.errors import InvalidInput
@@ -103,5 +106,6 @@ def agent(
     file.write_bytes(serving_settings.dump(configuration))
     command = [sys.executable, "-m", "serving.agent", "--settings", str(file.absolute()), "--instance", instance]
     command += ["--type", type_name, "--devices", str(devices), "--controller", controller]
+    command += ["--notices", notices, "--grace-s", str(grace_s)]
     # The agent takes the place of this process, so that its signals and its exit code are those of the command.
-    os.execv(sys.executable, [*command, "--notice-file", notice_file] if notice_file else command)
+    os.execv(sys.executable, command)

@@ -8,19 +8,24 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from serving import lifeline, settings
 from serving.agent.agent import Agent, Dismissed, Identity
+from serving.agent.notices.base import Source
+from serving.agent.notices.selection import select
 from serving.errors import InvalidInput, PerennialError, TransportError
 
 
-async def _serve(identity: Identity, configuration: settings.ServingSettings) -> int:
-    agent = Agent(identity, configuration)
+async def _serve(identity: Identity, configuration: settings.ServingSettings, sources: Sequence[Source]) -> int:
+    agent = Agent(identity, configuration, sources)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: agent.notice(identity.grace_s, "sigterm"))
     await agent.start()
     try:
         await lifeline.persist(agent.serve, give_up_s=configuration.timeouts.controller_gone_s)
     except Dismissed:
+        await agent.stop()
+        await agent.release()
         return 0
     finally:
         await agent.stop()
@@ -40,8 +45,8 @@ def main() -> int:
     for name in ("settings", "instance", "type", "controller"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--notice-file", default="")
-    parser.add_argument("--grace-s", type=float, default=30.0)
+    parser.add_argument("--notices", default="", help="aws, gcp, azure, ray, file:PATH; separated by commas")
+    parser.add_argument("--grace-s", type=float, default=30.0, help="left at SIGTERM, or when a source does not say")
     parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
     arguments = parser.parse_args()
     logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
@@ -53,12 +58,12 @@ def main() -> int:
         arguments.devices,
         arguments.controller,
         arguments.settings,
-        arguments.notice_file,
         arguments.grace_s,
     )
     try:
         _check(identity)
-        return asyncio.run(_serve(identity, settings.load(arguments.settings)))
+        sources = select(arguments.notices, grace_s=arguments.grace_s)
+        return asyncio.run(_serve(identity, settings.load(arguments.settings), sources))
     except PerennialError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -7,10 +7,11 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving import messages as m
-from serving.agent.notices import NoticeFile
+from serving.agent.notices.base import Advice, Source, SourceFailed, watch
 from serving.errors import PerennialError
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
@@ -22,14 +23,13 @@ _LONGEST_RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this agent is, where its controller listens, and how it learns of a notice."""
+    """Who this agent is and where its controller listens; `grace_s` is the notice that SIGTERM gives."""
 
     instance: str
     type: str
     devices: int
     controller: str
     settings_file: str
-    notice_file: str = ""
     grace_s: float = 30.0
 
 
@@ -40,27 +40,40 @@ class Dismissed(PerennialError):
 class Agent:
     """Keeps one worker process per device alive and reports what happens to the instance."""
 
-    def __init__(self, identity: Identity, settings: ServingSettings) -> None:
-        self._identity, self._settings = identity, settings
+    def __init__(self, identity: Identity, settings: ServingSettings, sources: Sequence[Source] = ()) -> None:
+        self._identity, self._settings, self._sources = identity, settings, sources
         self._workers: dict[int, asyncio.subprocess.Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._connection: Connection[m.Downward] | None = None
         self._notice: tuple[float, str] | None = None  # (loop time of the end, source)
+        self._advice: list[str] = []  # sources
 
     async def start(self) -> None:
-        """Start the workers and the notice watch."""
+        """Start the workers and watch the notice sources."""
         self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._identity.devices)]
-        if self._identity.notice_file:
-            source = NoticeFile(self._identity.notice_file)
-            self._keepers.append(asyncio.create_task(self._watch(source)))
+        self._keepers += [asyncio.create_task(self._watch(source)) for source in self._sources]
 
-    async def _watch(self, source: NoticeFile) -> None:
-        self.notice(await source.wait(), "file")
+    async def _watch(self, source: Source) -> None:
+        async for signal in watch(source):
+            if isinstance(signal, Advice):
+                self.advise(signal.source)
+            else:
+                self.notice(signal.deadline_s, signal.source)
 
     def notice(self, deadline_s: float, source: str) -> None:
         """The instance will be gone in `deadline_s` seconds; a sooner end replaces a later one."""
         if self._remember(deadline_s, source):
             self._tell_notice()
+
+    def advise(self, source: str) -> None:
+        """The instance is likelier to go than others; it stays."""
+        if source not in self._advice:
+            self._advice.append(source)
+            self._tell_advice(source)
+
+    def _tell_advice(self, source: str) -> None:
+        if self._connection is not None:
+            self._connection.send(m.Advice(self._identity.instance, source))
 
     def _remember(self, deadline_s: float, source: str) -> bool:
         """Keep a notice, to repeat it at every connection; False if one with a sooner end is there."""
@@ -89,6 +102,8 @@ class Agent:
             silence_s=timeouts.controller_gone_s,
         )
         self._connection = connection
+        for source in self._advice:
+            self._tell_advice(source)
         self._tell_notice()
         beat = asyncio.create_task(self._beat(connection))
         try:
@@ -153,6 +168,14 @@ class Agent:
         for process in self._workers.values():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), 5.0)
+
+    async def release(self) -> None:
+        """Tell the notice sources that nothing is left here; call it after `stop`, before the process ends."""
+        for source in self._sources:
+            try:
+                await source.release()
+            except SourceFailed as error:
+                logger.warning("%s could not be told that this instance may go: %s", source.name, error)
 
 
 def _environment() -> dict[str, str]:

@@ -16,6 +16,7 @@ API = Path(__file__).parent
 PROTO = API / "proto"
 GENERATED = API / "generated"
 _PACKAGE = "serving.api.generated"
+_SIBLING = re.compile(r"^from (?:perennial\.v1|ray\.rpc) import (\w+_pb2)", re.MULTILINE)
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def render() -> dict[str, str]:
 
 
 def _absolute(text: str) -> str:
-    return re.sub(r"^from perennial\.v1 import (\w+_pb2)", rf"from {_PACKAGE} import \1", text, flags=re.MULTILINE)
+    return _SIBLING.sub(rf"from {_PACKAGE} import \1", text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from data.errors import Infeasible
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
 from data.plan import PlanBook
+from planning.preference import dependable
 from planning.resharding import Box
 from planning.transition import LiveReplica, Transition, common, plan_transition, position_boxes
 from serving import messages as m
@@ -110,6 +111,11 @@ class Fleet:
         self._metrics.preemption(source)
         if self._current and any(d.instance == instance.name for r in self._current.new for d in r.devices):
             self._current.cancel(f"{instance.name} is leaving")
+
+    def instance_advised(self, instance: InstanceState, source: str) -> None:
+        """An instance may have to go: nothing new is placed there if there is another place."""
+        self._events.emit("advice", instance=instance.name, source=source)
+        self._metrics.advised(source)
 
     def instance_lost(self, instance: InstanceState, reason: str) -> None:
         """An instance is gone."""
@@ -325,7 +331,9 @@ class Fleet:
                 self._spec,
                 target,
                 live=live,
-                usable=self.membership.usable_devices(),
+                usable=dependable(
+                    self.membership.usable_devices(), self.membership.advised_devices(), live=live, target=target
+                ),
                 resident=resident,
                 element_bytes=_ELEMENT_BYTES[self._settings.engine.dtype],
                 whole=self._settings.engine.residency == "model",

@@ -34,6 +34,9 @@ class Listener(Protocol):
     def instance_noticed(self, instance: InstanceState, deadline_s: float, source: str) -> None:
         """An instance announced its end."""
 
+    def instance_advised(self, instance: InstanceState, source: str) -> None:
+        """An instance may have to go, without a deadline; it stays usable."""
+
     def instance_lost(self, instance: InstanceState, reason: str) -> None:
         """An instance is gone without having been dismissed, or after it."""
 
@@ -67,6 +70,7 @@ class InstanceState:
     workers: dict[int, Member] = field(default_factory=dict)
     leaving_at: float | None = None
     dismissed: bool = False
+    advised: bool = False
     announced: bool = False
 
     @property
@@ -120,6 +124,10 @@ class Membership:
             if instance.usable
             for index in range(instance.devices)
         )
+
+    def advised_devices(self) -> frozenset[Device]:
+        """Usable devices of instances that may have to go: better not counted on."""
+        return frozenset(one for one in self.usable_devices() if self.instances[one.instance].advised)
 
     def state(self) -> ClusterState:
         """The usable instances by type."""
@@ -262,6 +270,10 @@ class Membership:
     def _agent_said(self, instance: InstanceState, message: m.Upward) -> None:
         if isinstance(message, m.Notice):
             self._leave(instance, message.deadline_s, message.source)
+        elif isinstance(message, m.Advice) and not instance.advised:
+            instance.advised = True
+            self._listener.instance_advised(instance, message.source)
+            self._listener.fleet_changed()
         elif isinstance(message, m.WorkerExited):
             logger.warning("worker %s/%d ended with code %d", instance.name, message.index, message.code)
 

@@ -72,6 +72,14 @@ def test_errors_are_sentences(tmp_path: Path, arguments: list[str], code: int, s
     assert "Traceback" not in done.stderr
 
 
+def test_an_agent_hands_its_notice_sources_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    words = ["--checkpoint", str(tmp_path), "--type", "x", "--controller", "127.0.0.1:1", "--notices", "aws,oracle"]
+    done = perennial(tmp_path, "agent", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "'oracle' is no source of notices" in done.stderr
+
+
 def test_a_wrong_variable_is_a_usage_error_and_debug_shows_where(tmp_path: Path) -> None:
     wrong = '{"least_s": 1}'
     done = perennial(tmp_path, "status", PERENNIAL_DEBUG="perhaps")

@@ -39,6 +39,7 @@ def test_a_scrape_says_what_happened(metrics: Metrics, endpoint: MetricsServer) 
     metrics.finished("stop", 1.5)
     metrics.rejected(QueueFull("full"))
     metrics.preemption("aws")
+    metrics.advised("aws")
     metrics.migration("replay", requests=3)
     metrics.replayed(40)
     metrics.moved("kv", 4096)
@@ -56,6 +57,7 @@ def test_a_scrape_says_what_happened(metrics: Metrics, endpoint: MetricsServer) 
     assert seen["perennial_request_success_total", (("finished_reason", "stop"),)] == 1
     assert seen["perennial_requests_rejected_total", (("error", "QueueFull"),)] == 1
     assert seen["perennial_preemptions_total", (("source", "aws"),)] == 1
+    assert seen["perennial_advices_total", (("source", "aws"),)] == 1
     assert seen["perennial_migrations_total", (("mode", "replay"),)] == 3
     assert seen["perennial_tokens_replayed_total", ()] == 40
     assert seen["perennial_moved_bytes_total", (("what", "kv"),)] == 4096

@@ -14,11 +14,12 @@ import msgspec
 import psutil
 import pytest
 
+from data.layout import Device
 from serving import messages as m
-from serving.agent.notices import NoticeFile
 from serving.controller.membership import Membership
 from serving.engine.checkpoint import create_checkpoint
 from serving.settings import ServingSettings, Timeouts, dump
+from tests.serving.agent.notices.metadata import AzureMetadata, Ec2, running
 from tests.serving.controller.test_membership import Fleet, Log
 
 TIMEOUTS = Timeouts(heartbeat_s=0.1, lease_s=5.0, retry_s=0.1, join_s=20.0, controller_gone_s=2.0)
@@ -80,7 +81,7 @@ async def test_the_life_of_an_agent(tmp_path: Path, settings: ServingSettings) -
     notice = tmp_path / "notice"
     async with (
         membership(settings) as fleet,
-        agent(tmp_path, settings, fleet.port, "--notice-file", str(notice), "--grace-s", "7") as process,
+        agent(tmp_path, settings, fleet.port, "--notices", f"file:{notice}", "--grace-s", "7") as process,
     ):
         await fleet.until(lambda: ("joined", "a") in fleet.log.said, within_s=20.0)
         instance = fleet.membership.instances["a"]
@@ -138,6 +139,7 @@ async def test_a_worker_that_cannot_start_says_why(tmp_path: Path, settings: Ser
     [
         (["--controller", "nowhere"], "'nowhere' is not an address"),
         (["--controller", "127.0.0.1:1", "--devices", "0"], "at least one device"),
+        (["--controller", "127.0.0.1:1", "--notices", "oracle"], "'oracle' is no source of notices"),
         (["--controller", "127.0.0.1:1"], "no controller answers at 127.0.0.1:1; giving up"),
     ],
 )
@@ -154,12 +156,38 @@ def test_an_agent_that_cannot_serve_says_why(
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize(("content", "seconds"), [("12.5\n", 12.5), ("-3", 0.0), ("soon", 0.0), ("", 0.0)])
-async def test_a_notice_file(tmp_path: Path, content: str, seconds: float) -> None:
-    path = tmp_path / "notice"
-    waiting = asyncio.create_task(NoticeFile(str(path)).wait())
-    await asyncio.sleep(0.15)
-    assert not waiting.done()
-    (tmp_path / "partial").write_text(content)
-    (tmp_path / "partial").replace(path)
-    assert await asyncio.wait_for(waiting, 2.0) == seconds
+async def test_an_advice_is_repeated_and_the_instance_stays(tmp_path: Path, settings: ServingSettings) -> None:
+    ec2 = Ec2()
+    ec2.rebalance = True
+    async with (
+        running(ec2),
+        membership(settings) as fleet,
+        agent(tmp_path, settings, fleet.port, "--notices", f"aws={ec2.url}"),
+    ):
+        await fleet.until(lambda: ("advised", "a", "aws") in fleet.log.said, within_s=20.0)
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        assert fleet.membership.advised_devices() == {Device("a", 0)}
+        instance = fleet.membership.instances["a"]
+        assert instance.agent is not None
+        instance.agent.connection.abort()
+        await fleet.heard("lost", "a")
+        await fleet.until(lambda: fleet.membership.advised_devices() == {Device("a", 0)})
+        assert [entry[0] for entry in fleet.log.said].count("advised") == 2
+
+
+async def test_a_dismissed_instance_lets_azure_go_ahead(tmp_path: Path, settings: ServingSettings) -> None:
+    imds = AzureMetadata()
+    async with (
+        running(imds),
+        membership(settings) as fleet,
+        agent(tmp_path, settings, fleet.port, "--notices", f"azure={imds.url}") as process,
+    ):
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        (worker,) = psutil.Process(process.pid).children()
+        imds.schedule(60.0)
+        await fleet.heard_notice("azure", 60.0)
+        assert imds.acknowledged == []
+        fleet.membership.dismiss("a")
+        await fleet.until(lambda: imds.acknowledged == ["e-1"])
+        assert not worker.is_running()
+        assert await asyncio.wait_for(process.wait(), 10.0) == 0

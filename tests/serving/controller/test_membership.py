@@ -34,6 +34,9 @@ class Log:
     def instance_noticed(self, instance: InstanceState, deadline_s: float, source: str) -> None:
         self.said.append(("noticed", instance.name, deadline_s, source))
 
+    def instance_advised(self, instance: InstanceState, source: str) -> None:
+        self.said.append(("advised", instance.name, source))
+
     def instance_lost(self, instance: InstanceState, reason: str) -> None:
         self.said.append(("lost", instance.name))
 
@@ -270,6 +273,21 @@ async def test_a_noticed_instance_is_usable_no_more_and_a_sooner_end_counts(flee
     assert not fleet.membership.notice("unknown", 1.0, "api")
     told = [message async for message in _until(agent, m.Notice)]
     assert told == [m.Notice("a", 30.0, "api")]  # to be repeated, should this controller end before it
+
+
+async def test_an_advised_instance_stays_usable_and_is_advised_once(fleet: Fleet) -> None:
+    agent = await fleet.agent()
+    agent.send(m.Advice("a", "aws"))
+    await fleet.heard("advised", "a", "aws")
+    assert fleet.membership.advised_devices() == frozenset()  # it is not complete yet
+    await fleet.worker()
+    await fleet.until(lambda: fleet.membership.usable_devices() == (Device("a", 0),))
+    assert fleet.membership.advised_devices() == {Device("a", 0)}
+    agent.send(m.Advice("a", "aws"))
+    agent.send(m.Notice("a", 5.0, "aws"))
+    await fleet.heard("noticed", "a", 5.0, "aws")
+    assert [entry[0] for entry in fleet.log.said].count("advised") == 1
+    assert fleet.membership.advised_devices() == frozenset()
 
 
 async def test_a_dismissed_instance_is_told_and_one_without_an_agent_is_not_forgotten(fleet: Fleet) -> None:

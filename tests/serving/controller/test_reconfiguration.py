@@ -237,6 +237,35 @@ async def test_a_notice_voids_a_preparation_that_counts_on_the_instance(
         await scene.layout("a")
 
 
+async def test_an_advised_instance_keeps_what_it_has_and_gets_nothing_new(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a", "b")
+        await scene.layout("a", "b")
+        epoch = scene.fleet.epoch
+        scene.peers["a"].agent.send(m.Advice("a", "aws"))
+        await scene.until(lambda: "advice" in scene.kinds())
+        await scene.add("c", "d")
+        await scene.until(lambda: scene.kinds().count("instance_joined") == 4)
+        assert scene.fleet.membership.notice("b", 30.0, "api")
+        await scene.layout("c", "d")  # though all that `a` has would be of use
+        assert scene.fleet.epoch == epoch + 1
+        assert "a" in scene.fleet.membership.instances
+
+
+async def test_an_advised_instance_is_used_where_others_do_not_suffice(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        scene.peers["a"].agent.send(m.Advice("a", "aws"))
+        await scene.until(lambda: "advice" in scene.kinds())
+        await scene.add("b")
+        await scene.layout("a", "b")
+
+
 async def test_requests_of_a_paused_replica_are_replayed_when_the_switch_fails(
     tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
 ) -> None:

@@ -1,0 +1,28 @@
+"""Which devices a target may use while some of them are likely to go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from data.layout import Device, ParallelConfig
+from planning.transition import LiveReplica
+
+
+def dependable(
+    usable: Sequence[Device], advised: Collection[Device], *, live: Sequence[LiveReplica], target: ParallelConfig
+) -> tuple[Device, ...]:
+    """Usable devices without the advised ones, as far as `target` can do without them.
+
+    A replica of the target's own shape stays where it is, on advised devices too: an advice is no notice.
+    Where the others do not suffice, whole advised instances are added until they do.
+    """
+    shape = replace(target, replicas=1)
+    intact = [one for one in live if one.config == shape and set(one.devices) <= set(usable)]
+    staying = {device for one in intact for device in one.devices}
+    chosen = [device for device in usable if device not in advised or device in staying]
+    for instance in dict.fromkeys(device.instance for device in usable if device in advised):
+        if len(chosen) >= target.devices:
+            break
+        chosen += [device for device in usable if device.instance == instance and device not in chosen]
+    return tuple(sorted(chosen))

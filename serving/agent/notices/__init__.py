@@ -1,0 +1,1 @@
+"""Where an instance learns that it will go: one module per source, all of them speaking `base`'s few words."""
