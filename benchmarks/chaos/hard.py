@@ -59,7 +59,7 @@ _SINGLE: dict[int, tuple[str, ...]] = {
 _DOUBLE: dict[int, tuple[str, ...]] = {  # instances of two devices
     1: ("1x1x2", "1x2x1", "2x1x1", "1x1x1"),
     2: ("1x2x2", "1x2x2", "2x1x2", "2x2x1", "1x1x4", "1x4x1", "1x3x1"),
-    3: ("1x3x2", "1x2x3", "2x3x1", "3x1x2", "1x2x2"),
+    3: ("1x3x2", "3x1x2", "1x2x2", "2x1x2", "1x1x4"),
 }
 _GRACES_S = (0.0, 0.0, 0.05, 0.2, 0.5, 1.0, 3.0)
 _SECONDS: dict[ActionKind, tuple[float, float]] = {
@@ -105,7 +105,7 @@ def hard_script(seed: int, *, pool: int) -> Script:
         instances=instances,
         layouts={count: source.choice(choices[count]) for count in choices},
         kv_blocks=source.choice((0, 96, 72)),
-        requests=draw_requests(source, pool, count=(10, 16), within_s=3.0),
+        requests=draw_requests(source, pool, count=(10, 14), within_s=3.0),
         disturbances=_bursts(source, seed, instances, most),
         devices_per_instance=devices,
         other_layouts={count: source.choice(choices[count]) for count in choices},

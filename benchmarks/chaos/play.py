@@ -35,20 +35,22 @@ _TIMEOUTS = Timeouts(lease_s=2.0, collective_s=5.0, pause_s=5.0, prepare_s=20.0,
 _FINISH_S = 180.0
 _FIRST_PORT, _PORT_SLOTS = 12_000, 6000  # below those that connections take: a controller returns to its own
 _PROMPTS = (3, 20, 90, 300, 600)
-_LONG_PROMPTS = (3, 90, 300, 600, 880)
+_LONG_PROMPTS = (3, 40, 120, 300, 880)
+_ANSWERS = (20, 80, 160, 260)
+_SHORTER_ANSWERS = (20, 50, 90, 140)
 
 
 def request_pool(count: int, *, hard: bool = False) -> list[GenerationRequest]:
     """The requests that all scripts choose from; half greedy, half sampled, prompts of up to three steps.
 
-    Hard ones have prompts of up to four, which nearly fill the model's context with their answers.
+    Hard ones have prompts of up to four steps, which with their answers nearly fill the model's context.
     """
     source = random.Random(20_27 if hard else 20_26)
     drawn = []
     for index in range(count):
         size = source.choice(_LONG_PROMPTS if hard else _PROMPTS)
         prompt = tuple(source.randrange(8, 512) for _ in range(size))
-        sampling, most = random_sampling(source), source.choice((20, 80, 160, 260))
+        sampling, most = random_sampling(source), source.choice(_SHORTER_ANSWERS if hard else _ANSWERS)
         limits = Limits(max_tokens=min(most, _POSITIONS - size), ignore_eos=source.random() < 0.8)
         drawn.append(
             GenerationRequest(request_id=f"p{index}", prompt=prompt, sampling=sampling, limits=limits, resumable=True)
