@@ -23,7 +23,7 @@ import msgspec
 import psutil
 
 from perennial.feed import EventFeed
-from perennial.processes import ProcessGroup, gone, living, python_module
+from perennial.processes import ProcessGroup, Start, gone, living, python_module, start_command
 from serving import settings as serving_settings
 from serving.api.client import Client
 from serving.errors import PerennialError, Retryable, TransportError
@@ -75,7 +75,9 @@ class Fleet:
         instance_type: str = "local-cpu",
         devices_per_instance: int = 1,
         gpus: Sequence[int] = (),
+        start: Start = start_command,
     ) -> None:
+        self._start_process = start
         self.settings, self.home, self.instance_type = settings, Path(home).absolute(), instance_type
         self.devices_per_instance, self._gpus = devices_per_instance, tuple(gpus)
         self.instances: dict[str, Instance] = {}
@@ -142,7 +144,11 @@ class Fleet:
         root = Path(__file__).resolve().parent.parent
         paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         group = ProcessGroup(
-            name, command, self.home / "logs" / f"{name}.log", environment={"PYTHONPATH": paths, **(environment or {})}
+            name,
+            command,
+            self.home / "logs" / f"{name}.log",
+            environment={"PYTHONPATH": paths, **(environment or {})},
+            start=self._start_process,
         )
         self._groups.append(group.pid)
         return group

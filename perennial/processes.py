@@ -11,10 +11,48 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from signal import Signals
+from typing import IO, Protocol
 
 import psutil
 
 _POLL_S = 0.05
+
+
+class Process(Protocol):
+    """What a group needs of its leader; `subprocess.Popen` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Its id, and that of its session."""
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        """The lifeline."""
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send a signal."""
+
+
+class Start(Protocol):
+    """Starts a command in a session of its own, with a pipe as stdin."""
+
+    def __call__(self, command: Sequence[str], output: IO[bytes], environment: Mapping[str, str], /) -> Process:
+        """`environment` is added to that of this process."""
+
+
+def start_command(command: Sequence[str], output: IO[bytes], environment: Mapping[str, str]) -> Process:
+    """Start a command as a new process."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
 
 
 class ProcessGroup:
@@ -24,19 +62,18 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        start: Start = start_command,
     ) -> None:
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, **(environment or {})},
-            )
+            self._process = start(command, output, environment or {})
 
     @property
     def pid(self) -> int:

@@ -26,6 +26,7 @@ from data.models import ModelSpec
 from data.plan import Estimate, Objective, Plan, PlanBook
 from perennial.comparison import Difference, agreement, compare, indexed
 from perennial.fleet import Fleet, Instance, StartFailed, with_ports
+from perennial.processes import Start, start_command
 from perennial.reference import reference_streams
 from serving.api.client import Client
 from serving.engine.weights import read_spec
@@ -68,13 +69,15 @@ async def fleet(
     instance_type: str = "local-cpu",
     start_timeout_s: float = 120.0,
     gpus: Sequence[int] = (),
+    start: Start = start_command,
     **settings: Any,
 ) -> AsyncIterator[Fleet]:
     """A service over `instances` instances, ready when the block begins and gone when it has ended.
 
     `plan` is a plan book or its file; None runs `LADDER`, or what the `registry` among the settings says.
     `home` keeps settings, journal and logs (a temporary directory by default); `gpus` are shared by all
-    instances, which otherwise have their own. Further `settings` are
+    instances, which otherwise have their own. `start` starts the processes (`perennial.nursery` has a quick
+    way). Further `settings` are
     fields of `ServingSettings`, such as `timeouts`, `capacity` and `engine`. Raises `StartFailed`, and
     `Leftovers` at the end.
     """
@@ -87,6 +90,7 @@ async def fleet(
             instance_type=instance_type,
             devices_per_instance=devices_per_instance,
             gpus=gpus,
+            start=start,
         )
         try:
             await service.start(instances, timeout_s=start_timeout_s)

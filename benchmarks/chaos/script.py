@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-ActionKind = Literal["notice", "kill", "kill_worker", "suspend", "add", "controller", "blackout"]
-Moment = Literal["delay", "prefill", "reconfiguration_started", "reconfiguration_prepared", "layout"]
+ActionKind = Literal[
+    "notice",
+    "kill",
+    "kill_worker",
+    "suspend",
+    "add",
+    "controller",
+    "blackout",
+    # the hard scripts only
+    "notice_early",  # the machine ends before the deadline that was said
+    "notice_late",  # it lives on for a while after it
+    "notice_withdrawn",  # it is not taken away at all
+    "notices",  # several at once
+    "kill_two",
+    "kill_neighbours",
+    "kill_ends",  # the source and the destination of a transfer
+    "kill_holder",  # the next instance of the ring, which keeps the KV's copy, and then this one
+    "suspend_worker",
+    "controller_twice",
+    "plan",  # another plan book
+    "add_leaving",  # an instance that is given notice before it has joined
+]
+Moment = Literal[
+    "delay",
+    "prefill",
+    "reconfiguration_started",
+    "reconfiguration_copying",
+    "reconfiguration_prepared",
+    "reconfiguration_paused",
+    "layout",
+]
 
 _LAYOUTS: dict[int, tuple[str, ...]] = {
     1: ("1x1x1", ""),
@@ -23,8 +52,8 @@ class Disturbance:
     """One thing done to the fleet: at which moment, how long after it, and to whom.
 
     `victim` counts through the instances that live at that time. `seconds` is the grace of a notice,
-    the length of a suspension, or how long the controller or all capacity stays away. `count`
-    instances are added, or returned after a blackout.
+    the length of a suspension, how long the controller or all capacity stays away, or the time between
+    the two halves of a double failure. `count` instances are added, noticed, or returned after a blackout.
     """
 
     kind: ActionKind
@@ -48,6 +77,8 @@ class Script:
     kv_blocks: int
     requests: tuple[tuple[float, int, int | None], ...]
     disturbances: tuple[Disturbance, ...]
+    devices_per_instance: int = 1
+    other_layouts: dict[int, str] = field(default_factory=dict)  # of the book that `plan` changes to
 
 
 def script(seed: int, *, pool: int) -> Script:
@@ -61,14 +92,17 @@ def script(seed: int, *, pool: int) -> Script:
         instances=instances,
         layouts={count: layout for count, layout in layouts.items() if layout},
         kv_blocks=source.choice((0, 0, 96)),
-        requests=_requests(source, pool),
+        requests=draw_requests(source, pool),
         disturbances=disturbances,
     )
 
 
-def _requests(source: random.Random, pool: int) -> tuple[tuple[float, int, int | None], ...]:
-    chosen = source.sample(range(pool), source.randint(9, 14))
-    arrivals = sorted(round(source.uniform(0.0, 6.0), 3) for _ in chosen)
+def draw_requests(
+    source: random.Random, pool: int, *, count: tuple[int, int] = (9, 14), within_s: float = 6.0
+) -> tuple[tuple[float, int, int | None], ...]:
+    """Some of the pool's requests in order of arrival; about one in seven is cancelled by its client."""
+    chosen = source.sample(range(pool), source.randint(*count))
+    arrivals = sorted(round(source.uniform(0.0, within_s), 3) for _ in chosen)
     return tuple(
         (at_s, index, source.randint(1, 60) if source.random() < 0.15 else None)
         for at_s, index in zip(arrivals, chosen, strict=True)

@@ -5,11 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.chaos.play import MODEL, Outcome, play, record, request_pool
+from benchmarks.chaos.hard import CAUSES, FOLLOW_UPS, PHASES, hard_script
+from benchmarks.chaos.outcome import MOST_REEXECUTED, Outcome, record, recovered, totals
+from benchmarks.chaos.play import MODEL, Stage, play, request_pool
 from benchmarks.chaos.script import script
+from benchmarks.chaos.strikes import ends_of_a_transfer, reached
 from perennial.comparison import Difference
 from perennial.reference import reference_streams
 from serving.engine.checkpoint import create_checkpoint
+from serving.requests import Event
 
 
 @given(st.integers(0, 100_000))
@@ -42,6 +46,74 @@ def test_requests_are_greedy_and_sampled_and_cancelled() -> None:
     assert all(len(request.prompt) + request.limits.max_tokens <= MODEL["max_positions"] for request in pool)
 
 
+@given(st.integers(0, 100_000))
+@settings(deadline=None, max_examples=80)
+def test_a_seed_is_a_hard_script(seed: int) -> None:
+    drawn = hard_script(seed, pool=48)
+    assert drawn == hard_script(seed, pool=48)
+    assert 2 <= drawn.instances <= max(drawn.layouts)
+    assert drawn.layouts.keys() == drawn.other_layouts.keys()
+    for layout in (*drawn.layouts.values(), *drawn.other_layouts.values()):
+        assert all(degree in "x123456" for degree in layout)
+    assert all(0 <= item.seconds <= 5 for item in drawn.disturbances)
+
+
+def test_two_hundred_hard_seeds_strike_in_every_way_in_every_phase() -> None:
+    drawn = [item for seed in range(200) for item in hard_script(seed, pool=48).disturbances]
+    assert {item.kind for item in drawn} == {*CAUSES, *FOLLOW_UPS}
+    struck = {(item.kind, item.moment) for item in drawn}
+    assert {(kind, phase) for kind in FOLLOW_UPS for phase in PHASES} <= struck
+    assert 0.0 in {item.seconds for item in drawn if item.kind == "notice"}
+
+
+def test_a_few_dozen_hard_seeds_in_a_row_have_every_cause_and_every_follow_up() -> None:
+    drawn = [item for seed in range(700, 736) for item in hard_script(seed, pool=48).disturbances]
+    assert {item.kind for item in drawn} == {*CAUSES, *FOLLOW_UPS}
+    assert {item.moment for item in drawn} >= set(PHASES)
+
+
+def test_hard_runs_have_small_caches_several_devices_and_long_prompts() -> None:
+    drawn = [hard_script(seed, pool=48) for seed in range(40)]
+    assert {one.kv_blocks for one in drawn} == {0, 72, 96}
+    assert {one.devices_per_instance for one in drawn} == {1, 2}
+    pool = request_pool(48, hard=True)
+    assert max(len(request.prompt) for request in pool) > 800
+    longest = max(len(request.prompt) + request.limits.max_tokens for request in pool)
+    assert longest <= min(MODEL["max_positions"], 72 * 16)
+
+
+def test_a_moment_has_come_with_any_later_one() -> None:
+    assert "layout" in reached("reconfiguration_copying")
+    assert "reconfiguration_started" not in reached("reconfiguration_copying")
+    assert "reconfiguration_failed" in reached("layout")
+
+
+def test_the_ends_of_a_transfer_are_one_with_state_and_one_without() -> None:
+    live = ["i0", "i1", "i2"]
+    for victim in range(12):
+        source, target = ends_of_a_transfer(live, {"i0", "i1"}, victim)
+        assert source in ("i0", "i1")
+        assert target == "i2"
+        assert len(set(ends_of_a_transfer(live, set(live), victim))) == 2
+    assert ends_of_a_transfer(["i0"], {"i0"}, 5) == ["i0"]
+
+
+def test_what_layouts_say_about_requests_is_summed() -> None:
+    told: list[tuple[str, dict[str, object]]] = [
+        ("controller_started", {}),
+        ("layout", {"requests_moved": 2, "requests_replayed": 1}),
+        ("layout", {"requests_restored": 3, "tokens_reexecuted": [0, 2, 1]}),
+        ("controller_started", {}),
+        ("layout", {"requests_replayed": 4, "tokens_reexecuted": []}),
+    ]
+    events = [Event(sequence=0, time_s=0.0, kind=kind, data=data) for kind, data in told]
+    counts = {"moved": 2, "restored": 3, "replayed": 1, "replayed_after_restart": 4, "most_reexecuted": 2}
+    assert recovered(events) == counts
+    assert counts["most_reexecuted"] <= MOST_REEXECUTED
+    summary = totals([Outcome(0, recovered=counts), Outcome(1, recovered=counts)], wall_s=1.0)
+    assert (summary["requests_replayed"], summary["most_reexecuted"]) == (2, 2)
+
+
 def test_an_outcome_fails_on_any_difference_or_error() -> None:
     assert Outcome(0).held
     assert not Outcome(0, difference=Difference(duplicated=1)).held
@@ -49,13 +121,14 @@ def test_an_outcome_fails_on_any_difference_or_error() -> None:
 
 
 @pytest.mark.slow
-def test_a_few_seeds_hold(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_few_seeds_hold(tmp_path: Path, hard: bool) -> None:
     checkpoint = str(tmp_path / "model")
     create_checkpoint(checkpoint, **MODEL)
-    pool = request_pool(48)
-    reference = reference_streams(checkpoint, pool)
+    pool = request_pool(48, hard=hard)
+    stage = Stage(checkpoint, pool, reference_streams(checkpoint, pool))
     for seed in (101, 102):
-        drawn = script(seed, pool=48)
-        outcome = asyncio.run(play(drawn, checkpoint, pool, reference, tmp_path / str(seed)))
+        drawn = (hard_script if hard else script)(seed, pool=48)
+        outcome = asyncio.run(play(drawn, stage, tmp_path / str(seed)))
         assert outcome.held, record(drawn, outcome)
         assert outcome.streams == len(drawn.requests) + 1

@@ -1,0 +1,92 @@
+"""What became of a chaos run, and what its layout events say about replication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.chaos.script import Script
+from perennial.comparison import Difference
+from serving.requests import Event
+
+MOST_REEXECUTED = 2  # tokens of a request whose copy survived
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one script."""
+
+    seed: int
+    difference: Difference = field(default_factory=Difference)
+    streams: int = 0
+    cancelled: int = 0
+    tokens: int = 0
+    wrong: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    layouts: int = 0
+    recoveries: int = 0
+    recovered: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def held(self) -> bool:
+        """Nothing lost, duplicated, mismatched, failed or left behind."""
+        return not self.difference and not self.errors
+
+
+def recovered(events: Iterable[Event]) -> dict[str, int]:
+    """How requests came through changes, over all layouts; fields that a controller does not tell count as 0.
+
+    `replayed` had no copy of their KV left (after a double failure, say), `replayed_after_restart` met a
+    new controller, and `most_reexecuted` is the most tokens generated again of a request with a copy.
+    """
+    counts = dict.fromkeys(("moved", "restored", "replayed", "replayed_after_restart", "most_reexecuted"), 0)
+    restarted, first = False, True
+    for event in events:
+        if event.kind == "controller_started":
+            restarted, first = not first, False
+        elif event.kind == "layout":
+            data: Any = event.data
+            counts["moved"] += int(data.get("requests_moved", 0))
+            counts["restored"] += int(data.get("requests_restored", 0))
+            name = "replayed_after_restart" if restarted else "replayed"
+            counts[name] += int(data.get("requests_replayed", 0))
+            again = [int(tokens) for tokens in data.get("tokens_reexecuted", ())]
+            counts["most_reexecuted"] = max([counts["most_reexecuted"], *again])
+            restarted = False
+    return counts
+
+
+def totals(outcomes: Sequence[Outcome], *, wall_s: float) -> dict[str, float]:
+    """The sums over all seeds, and how long they took together."""
+    parts: dict[str, int] = {}
+    for name in recovered([]):
+        values = [outcome.recovered.get(name, 0) for outcome in outcomes]
+        parts[name if name.startswith("most") else f"requests_{name}"] = (
+            max(values, default=0) if name.startswith("most") else sum(values)
+        )
+    return {
+        "seeds": len(outcomes),
+        "held": sum(outcome.held for outcome in outcomes),
+        "streams": sum(outcome.streams for outcome in outcomes),
+        "tokens": sum(outcome.tokens for outcome in outcomes),
+        "lost_tokens": sum(outcome.difference.lost for outcome in outcomes),
+        "duplicated_tokens": sum(outcome.difference.duplicated for outcome in outcomes),
+        "mismatched_tokens": sum(outcome.difference.mismatched for outcome in outcomes),
+        "layouts": sum(outcome.layouts for outcome in outcomes),
+        "recoveries": sum(outcome.recoveries for outcome in outcomes),
+        **parts,
+        "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
+        "wall_seconds": round(wall_s, 1),
+    }
+
+
+def record(script: Script, outcome: Outcome) -> dict[str, Any]:
+    """Script and outcome as JSON values; events only of a run that did not hold."""
+    return {
+        "script": asdict(script),
+        "outcome": {**asdict(outcome), "events": [] if outcome.held else outcome.events, "held": outcome.held},
+    }
