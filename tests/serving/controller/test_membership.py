@@ -14,7 +14,7 @@ from serving.controller.membership import InstanceState, Membership
 from serving.settings import ServingSettings, Timeouts
 from serving.transport import Connection, JoinRefused, join
 
-TIMEOUTS = Timeouts(lease_s=0.6, join_s=1.0)
+TIMEOUTS = Timeouts(agent_lease_s=0.6, lease_s=0.6, join_s=1.0)
 
 
 class Log:
