@@ -23,6 +23,7 @@ import msgspec
 import psutil
 
 from perennial.feed import EventFeed
+from perennial.network import Host
 from perennial.processes import ProcessGroup, gone, living, python_module
 from serving import settings as serving_settings
 from serving.api.client import Client
@@ -116,16 +117,29 @@ class Fleet:
         """Start instances and return their names at once; they join when they are up."""
         return [self._launch_one() for _ in range(count)]
 
-    def _launch_one(self) -> str:
+    def launch_at(self, host: Host) -> str:
+        """Start an instance on a host of its own and return its name at once."""
+        return self._launch_one(host)
+
+    def _launch_one(self, host: Host | None = None) -> str:
         name = f"i{self._born}"
         gpus = self._free_gpus() if self.settings.engine.device == "cuda" else ()
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
-        command = python_module("serving.agent", "--settings", str(self._settings_file), "--lifeline")
+        file = self._settings_at(host, name) if host else self._settings_file
+        command = python_module("serving.agent", "--settings", str(file), "--lifeline")
+        command = [*host.enter, *command] if host else command
         command += ["--instance", name, "--type", self.instance_type, "--devices", str(self.devices_per_instance)]
         command += ["--controller", f"{self.settings.host}:{self.settings.control_port}"]
         self._born += 1
         self.instances[name] = Instance(name, self._spawn(name, command, visible), gpus)
         return name
+
+    def _settings_at(self, host: Host, name: str) -> Path:
+        """The settings as a machine needs them whose address is not the controller's."""
+        path = self.home / f"{name}.json"
+        path.touch(0o600)
+        path.write_bytes(serving_settings.dump(msgspec.structs.replace(self.settings, host=host.address)))
+        return path
 
     def _free_gpus(self) -> tuple[int, ...]:
         """The lowest GPUs that no live instance of this fleet has, as many as an instance has devices."""

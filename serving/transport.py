@@ -132,7 +132,8 @@ async def join(
     """Connect to the controller at `host:port` and say hello.
 
     The controller counts as gone when it says nothing for `silence_s`, or its kernel acknowledges nothing
-    for `unacknowledged_s`. Raises `TransportError` if nobody welcomes it within `timeout_s`, `JoinRefused` if the controller declines.
+    for `unacknowledged_s`. Raises `TransportError` if nobody welcomes it within `timeout_s`, `JoinRefused`
+    if the controller declines.
     """
     host, _, port = address.rpartition(":")
     try:
