@@ -113,7 +113,7 @@ def _hold_namespace() -> subprocess.Popen[bytes]:
 def _ip(*arguments: str, inside: tuple[str, ...] = ()) -> None:
     if shutil.which("ip") is None or shutil.which("nsenter") is None:
         raise NetworkRefused("the commands ip (iproute2) and nsenter (util-linux) are needed")
-    done = subprocess.run([*inside, "ip", *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S)
+    done = subprocess.run([*inside, "ip", *arguments], check=False, capture_output=True, text=True, timeout=_TIMEOUT_S)
     if done.returncode:
         raise NetworkRefused(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 

@@ -149,7 +149,7 @@ class Fleet:
         if replica is None:
             return
         limit_s = timeouts.stall_s * (1 if self._settings.engine.device == "cpu" else _CUDA_PATIENCE)
-        found = standstill(number, [self.membership.pulse(device) for device in replica.devices], limit_s)
+        found = standstill(number, [self.membership.heard(device) for device in replica.devices], limit_s)
         if found is not None and found.rank is not None:
             self.membership.end_worker(replica.devices[found.rank], f"did nothing for {found.still_s:.1f} s")
         elif found is not None:

@@ -13,16 +13,16 @@ class Lease:
     """The lease of one peer: `renew` it with every word, `look` at it from time to time."""
 
     def __init__(self) -> None:
-        self._silent_looks = 0
+        self.silent_looks = 0
 
     def renew(self) -> None:
         """The peer has spoken."""
-        self._silent_looks = 0
+        self.silent_looks = 0
 
     def look(self) -> bool:
         """Whether the lease is lost by now."""
-        self._silent_looks += 1
-        return self._silent_looks >= LOOKS
+        self.silent_looks += 1
+        return self.silent_looks >= LOOKS
 
 
 async def looks(lease_s: float) -> AsyncIterator[int]:

@@ -12,7 +12,8 @@ from typing import Protocol
 from data.cluster import ClusterState
 from data.layout import Device
 from serving import messages as m
-from serving.controller.leases import Lease, looks
+from serving.controller.leases import LOOKS, Lease, looks
+from serving.controller.progress import Heard
 from serving.errors import InvalidInput, TransportError
 from serving.requests import InstanceInfo
 from serving.settings import ServingSettings
@@ -145,12 +146,15 @@ class Membership:
         if member is not None:
             member.connection.send(message)
 
-    def pulse(self, device: Device) -> m.Heartbeat | None:
-        """The last heartbeat of a worker, if it is recent."""
+    def heard(self, device: Device) -> Heard | None:
+        """What a worker last said of itself, and how long ago."""
         instance = self.instances.get(device.instance)
         member = instance.workers.get(device.index) if instance else None
-        oldest = asyncio.get_running_loop().time() - _RECENT_BEATS * self._settings.timeouts.heartbeat_s
-        return member.pulse if member is not None and member.pulse_at >= oldest else None
+        if member is None or member.pulse is None:
+            return None
+        timeouts = self._settings.timeouts
+        oldest = asyncio.get_running_loop().time() - _RECENT_BEATS * timeouts.heartbeat_s
+        return Heard(member.pulse, member.pulse_at >= oldest, member.lease.silent_looks * timeouts.lease_s / LOOKS)
 
     def describe(self, now: float) -> Iterator[InstanceInfo]:
         """Every known instance."""
@@ -288,7 +292,9 @@ class Membership:
         reason = "its connection was dropped"
         try:
             self._announce(instance)
-            reason = await self._listen(member, lambda message: self._listener.worker_said(device, message), answer=True)
+            reason = await self._listen(
+                member, lambda message: self._listener.worker_said(device, message), answer=True
+            )
         finally:
             del instance.workers[device.index]
             if instance.agent is None and not instance.workers:
