@@ -23,6 +23,7 @@ import msgspec
 import psutil
 
 from perennial.feed import EventFeed
+from perennial.network import Host
 from perennial.processes import ProcessGroup, Start, gone, living, python_module, start_command
 from serving import settings as serving_settings
 from serving.api.client import Client
@@ -123,11 +124,17 @@ class Fleet:
         """
         return [self._launch_one(notices) for _ in range(count)]
 
-    def _launch_one(self, notices: str) -> str:
+    def launch_at(self, host: Host) -> str:
+        """Start an instance on a host of its own and return its name at once."""
+        return self._launch_one("", host)
+
+    def _launch_one(self, notices: str, host: Host | None = None) -> str:
         name = f"i{self._born}"
         gpus = self._choose_gpus() if self.settings.engine.device == "cuda" else ()
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
-        command = python_module("serving.agent", "--settings", str(self._settings_file), "--lifeline")
+        file = self._settings_at(host, name) if host else self._settings_file
+        command = python_module("serving.agent", "--settings", str(file), "--lifeline")
+        command = [*host.enter, *command] if host else command
         command += ["--instance", name, "--type", self.instance_type, "--devices", str(self.devices_per_instance)]
         command += ["--controller", f"{self.settings.host}:{self.settings.control_port}", "--notices", notices]
         self._born += 1
@@ -139,6 +146,13 @@ class Fleet:
         users = Counter(gpu for instance in self.instances.values() for gpu in instance.gpus)
         choice = self._gpus or range(len(users) + self.devices_per_instance)
         return tuple(sorted(choice, key=lambda gpu: (users[gpu], gpu))[: self.devices_per_instance])
+
+    def _settings_at(self, host: Host, name: str) -> Path:
+        """The settings as a machine needs them whose address is not the controller's."""
+        path = self.home / f"{name}.json"
+        path.touch(0o600)
+        path.write_bytes(serving_settings.dump(msgspec.structs.replace(self.settings, host=host.address)))
+        return path
 
     def _spawn(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> ProcessGroup:
         root = Path(__file__).resolve().parent.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import sys
@@ -11,6 +12,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 from serving.errors import TransportError
+
+_FIRST = -10  # the niceness of who goes first
 
 
 def watch_stdin() -> None:
@@ -22,6 +25,16 @@ def watch_stdin() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def go_first() -> None:
+    """Run before everything else that wants to, where that is permitted; children start as ordinary processes.
+
+    For a process that does next to nothing and must do it in time. Call it before there are threads.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not permitted, or not Linux
+        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, 0, _FIRST)
 
 
 def settle() -> None:

@@ -40,9 +40,17 @@ class WorkerHello(Message):
 
 
 class Heartbeat(Message):
-    """Sent every `heartbeat_s` by agents and workers; `steps` counts a worker's engine steps."""
+    """Sent every `heartbeat_s` by workers and every `agent_heartbeat_s` by agents, which have nothing to add.
+
+    `steps` counts the engine steps of a worker's step loop for `replica`. `still_s` is for how long that
+    loop, having work, has neither finished an operation nor used the processor; `awaits` is the rank that
+    it waits for meanwhile, None if it waits for no other.
+    """
 
     steps: int = 0
+    replica: int = -1
+    still_s: float = 0.0
+    awaits: int | None = None
 
 
 class Notice(Message):
@@ -66,6 +74,15 @@ class WorkerExited(Message):
     instance: str
     index: int
     code: int
+
+
+class WorkerStalled(Message):
+    """An agent sees that a worker process will do nothing any more, though its connection is open."""
+
+    instance: str
+    index: int
+    pid: int
+    reason: str
 
 
 class Prepared(Message):
@@ -207,7 +224,7 @@ class Rejected(Message):
 
 
 class Alive(Message):
-    """The answer to a heartbeat."""
+    """To a worker the answer to a heartbeat; to an agent said several times a second, to be acknowledged."""
 
 
 class WeightPieces(msgspec.Struct, frozen=True, array_like=True):
@@ -402,7 +419,7 @@ class Cancel(Message):
 
 
 class KillWorker(Message):
-    """To an agent: SIGKILL a worker that went silent."""
+    """To an agent: SIGKILL a worker that went silent or stands still."""
 
     index: int
 
@@ -418,6 +435,7 @@ Upward = (
     | Notice
     | Advice
     | WorkerExited
+    | WorkerStalled
     | Prepared
     | Preloaded
     | Residents

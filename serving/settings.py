@@ -10,8 +10,12 @@ from data.errors import InvalidInput
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. Each wait in the serving tier uses one of these and has a next step."""
 
-    heartbeat_s: float = 0.5
-    lease_s: float = 5.0  # a silent agent or worker is lost after this; two busy cores starve processes for seconds
+    agent_heartbeat_s: float = 0.05
+    agent_lease_s: float = 0.25  # a silent agent is lost after this, and its instance with it
+    unacknowledged_s: float = 0.3  # the same for an agent's kernel, which no load on its machine can silence
+    heartbeat_s: float = 0.25  # of workers
+    lease_s: float = 5.0  # a silent worker is lost after this; torch may keep its interpreter busy for seconds
+    stall_s: float = 1.0  # a replica that has work and does nothing is broken after this; on CUDA five times this
     join_s: float = 60.0  # process start → hello
     gather_s: float = 30.0  # waiting for the expected instances before the first layout
     regather_s: float = 3.0  # the same for a controller that was restarted

@@ -14,6 +14,8 @@ from serving.errors import PerennialError, TransportError
 from serving.messages import AgentHello, Downward, Message, Rejected, Upward, Welcome, WorkerHello
 
 _HEADER_BYTES = 4
+# Kernels connect, whatever their processes do: two attempts at this are better than the third, later packet of one.
+_CONNECT_S = 2.0
 _encoder = msgspec.msgpack.Encoder()
 
 Incoming = TypeVar("Incoming")
@@ -43,6 +45,15 @@ class Connection(Generic[Incoming]):
         raw: socket.socket | None = writer.get_extra_info("socket")
         if raw is not None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def expect_acknowledgement(self, within_s: float) -> None:
+        """Count the peer as gone when its kernel acknowledges nothing of what was sent for so long.
+
+        A peer that reads nothing until the buffers between are full counts as gone too.
+        """
+        raw: socket.socket | None = self._writer.get_extra_info("socket")
+        if raw is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(within_s * 1000))
 
     @property
     def host(self) -> str:
@@ -110,17 +121,28 @@ def from_below(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, frame
 
 
 async def join(
-    address: str, hello: AgentHello | WorkerHello, *, frame_bytes: int, timeout_s: float, silence_s: float
+    address: str,
+    hello: AgentHello | WorkerHello,
+    *,
+    frame_bytes: int,
+    timeout_s: float,
+    silence_s: float,
+    unacknowledged_s: float | None = None,
 ) -> Connection[Downward]:
     """Connect to the controller at `host:port` and say hello.
 
-    Raises `TransportError` if nobody welcomes it within `timeout_s`, `JoinRefused` if the controller declines.
+    The controller counts as gone when it says nothing for `silence_s`, or its kernel acknowledges nothing
+    for `unacknowledged_s`. Raises `TransportError` if nobody welcomes it within `timeout_s`, `JoinRefused`
+    if the controller declines.
     """
     host, _, port = address.rpartition(":")
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, int(port))
+            async with asyncio.timeout(_CONNECT_S):
+                reader, writer = await asyncio.open_connection(host, int(port))
             connection = Connection(reader, writer, msgspec.msgpack.Decoder(Downward), frame_bytes, silence_s)
+            if unacknowledged_s is not None:
+                connection.expect_acknowledgement(unacknowledged_s)
             return await _welcomed(connection, hello)
     except (OSError, TimeoutError) as error:
         raise TransportError(f"no controller answers at {address}") from error

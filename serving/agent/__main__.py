@@ -52,6 +52,7 @@ def main() -> int:
     logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
     if arguments.lifeline:
         lifeline.watch_stdin()
+    lifeline.go_first()
     identity = Identity(
         arguments.instance,
         arguments.type,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from serving import messages as m
 from serving.agent.notices.base import Advice, Source, SourceFailed, watch
+from serving.agent.standstill import StandstillWatch
 from serving.errors import PerennialError
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
@@ -100,6 +101,7 @@ class Agent:
             frame_bytes=self._settings.capacity.frame_bytes,
             timeout_s=timeouts.join_s,
             silence_s=timeouts.controller_gone_s,
+            unacknowledged_s=timeouts.unacknowledged_s,
         )
         self._connection = connection
         for source in self._advice:
@@ -124,9 +126,13 @@ class Agent:
                 self._workers[message.index].kill()
 
     async def _beat(self, connection: Connection[m.Downward]) -> None:
+        watch = StandstillWatch()
         while True:
             connection.send(m.Heartbeat())
-            await asyncio.sleep(self._settings.timeouts.heartbeat_s)
+            running = {index: one.pid for index, one in self._workers.items() if one.returncode is None}
+            for index, pid, reason in watch.look(running):
+                connection.send(m.WorkerStalled(self._identity.instance, index, pid, reason))
+            await asyncio.sleep(self._settings.timeouts.agent_heartbeat_s)
 
     async def _keep(self, index: int) -> None:
         """Run worker `index`, and run it again when it ends: later and later if it does not live long."""

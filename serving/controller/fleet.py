@@ -22,6 +22,7 @@ from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
 from serving.controller.membership import InstanceState, Membership
 from serving.controller.phases import TransitionFailed
+from serving.controller.progress import standstill
 from serving.controller.reconfiguration import Outcome, Reconfiguration, Stranded
 from serving.controller.records import Record
 from serving.controller.rendezvous import Rendezvous
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _LONGEST_RETRY_S = 5.0
 _ATTEMPTS = 2  # to restore what a broken replica left, before it is replayed
 _DOUBLINGS = 10  # of the pause between attempts; more would overflow long before they were waited for
+_CUDA_PATIENCE = 5  # times stall_s: kernels and links are loaded at their first use
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -147,12 +149,27 @@ class Fleet:
         if isinstance(message, m.Preloaded):
             self._resident[device] = tuple(message.boxes)
             return
+        if isinstance(message, m.Heartbeat):
+            self._examine(message.replica)
+            return
         if isinstance(message, m.Failed) and message.phase == "step":
             replica = self.dispatcher.replicas.get(message.replica)
             if replica is not None:
                 self._break(replica, message.reason)
         if self._current is not None:
             self._current.heard(device, message)
+
+    def _examine(self, number: int) -> None:
+        """A worker of a replica says that its step loop stands still: end who is to blame, if anyone is."""
+        replica, timeouts = self.dispatcher.replicas.get(number), self._settings.timeouts
+        if replica is None:
+            return
+        limit_s = timeouts.stall_s * (1 if self._settings.engine.device == "cpu" else _CUDA_PATIENCE)
+        found = standstill(number, [self.membership.heard(device) for device in replica.devices], limit_s)
+        if found is not None and found.rank is not None:
+            self.membership.end_worker(replica.devices[found.rank], f"did nothing for {found.still_s:.1f} s")
+        elif found is not None:
+            self._break(replica, f"its ranks waited for each other for {found.still_s:.1f} s")
 
     # -- work -----------------------------------------------------------------------------------------
 

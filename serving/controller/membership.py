@@ -12,6 +12,8 @@ from typing import Protocol
 from data.cluster import ClusterState
 from data.layout import Device
 from serving import messages as m
+from serving.controller.leases import LOOKS, Lease, looks
+from serving.controller.progress import Heard
 from serving.errors import InvalidInput, TransportError
 from serving.requests import InstanceInfo
 from serving.settings import ServingSettings
@@ -20,6 +22,8 @@ from serving.transport import Connection, from_below
 logger = logging.getLogger(__name__)
 
 _HELLO_BYTES = 4096  # nobody makes the controller buffer more before showing the join token
+_PROBE_LOOKS = 3  # an agent's kernel gets something to acknowledge at every third look at its lease
+_RECENT_BEATS = 2.5  # a heartbeat older than this many of their intervals says nothing of now
 
 
 class Listener(Protocol):
@@ -49,13 +53,15 @@ class Listener(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A connected agent or worker; `seen_at` is loop time."""
+    """A connected agent or worker; `pulse` is its last heartbeat, `pulse_at` the loop time of it."""
 
     connection: Connection[m.Upward]
-    seen_at: float
     pid: int
     kv_address: str = ""
-    steps: int = 0
+    lease: Lease = field(default_factory=Lease)
+    pulse: m.Heartbeat | None = None
+    pulse_at: float = 0.0
+    verdict: str = ""  # why its connection was cut from here
     gone: asyncio.Event = field(default_factory=asyncio.Event)  # its loss has been dealt with
 
 
@@ -91,7 +97,7 @@ class Membership:
         self._settings, self._listener = settings, listener
         self.instances: dict[str, InstanceState] = {}
         self._server: asyncio.Server | None = None
-        self._lease_task: asyncio.Task[None] | None = None
+        self._lease_tasks: list[asyncio.Task[None]] = []
         self._connections: set[Connection[m.Upward]] = set()
 
     async def start(self) -> int:
@@ -103,13 +109,13 @@ class Membership:
             raise InvalidInput(
                 f"cannot listen for agents on {host}:{port} ({error.strerror}); choose another control port"
             ) from error
-        self._lease_task = asyncio.create_task(self._watch_leases())
+        self._lease_tasks = [asyncio.create_task(watch()) for watch in (self._watch_agents, self._watch_workers)]
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
         """Close every connection and stop listening."""
-        if self._lease_task:
-            self._lease_task.cancel()
+        for task in self._lease_tasks:
+            task.cancel()
         if self._server:
             self._server.close()
         await asyncio.gather(*(connection.close() for connection in self._connections))
@@ -159,6 +165,16 @@ class Membership:
         if member is not None:
             member.connection.send(message)
 
+    def heard(self, device: Device) -> Heard | None:
+        """What a worker last said of itself, and how long ago."""
+        instance = self.instances.get(device.instance)
+        member = instance.workers.get(device.index) if instance else None
+        if member is None or member.pulse is None:
+            return None
+        timeouts = self._settings.timeouts
+        oldest = asyncio.get_running_loop().time() - _RECENT_BEATS * timeouts.heartbeat_s
+        return Heard(member.pulse, member.pulse_at >= oldest, member.lease.silent_looks * timeouts.lease_s / LOOKS)
+
     def describe(self, now: float) -> Iterator[InstanceInfo]:
         """Every known instance."""
         for name, one in sorted(self.instances.items()):
@@ -193,6 +209,18 @@ class Membership:
             instance.dismissed = True
             instance.agent.connection.send(m.Dismiss())
 
+    def end_worker(self, device: Device, reason: str) -> None:
+        """Have a worker that does nothing any more killed by its agent; it is lost at once."""
+        instance = self.instances.get(device.instance)
+        member = instance.workers.get(device.index) if instance else None
+        if instance is None or member is None or member.connection.closed:
+            return
+        logger.warning("worker %s %s; ending it", device, reason)
+        if instance.agent is not None:
+            instance.agent.connection.send(m.KillWorker(device.index))
+        member.verdict = reason
+        member.connection.abort()
+
     # -- connections --------------------------------------------------------------------------------
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -216,10 +244,10 @@ class Membership:
             return
         await self._supersede(hello)
         connection.send(m.Welcome())
-        kv_address = hello.kv_address if isinstance(hello, m.WorkerHello) else ""
-        member = Member(connection, asyncio.get_running_loop().time(), hello.pid, kv_address)
+        member = Member(connection, hello.pid, hello.kv_address if isinstance(hello, m.WorkerHello) else "")
         try:
             if isinstance(hello, m.AgentHello):
+                connection.expect_acknowledgement(self._settings.timeouts.unacknowledged_s)
                 await self._serve_agent(hello, member)
             else:
                 await self._serve_worker(Device(hello.instance, hello.index), member)
@@ -259,7 +287,7 @@ class Membership:
         reason = "its connection was dropped"
         try:
             self._announce(instance)
-            reason = await self._listen(member, lambda message: self._agent_said(instance, message))
+            reason = await self._listen(member, lambda message: self._agent_said(instance, message), answer=False)
         finally:
             del self.instances[hello.instance]
             for worker in instance.workers.values():
@@ -276,6 +304,10 @@ class Membership:
             self._listener.fleet_changed()
         elif isinstance(message, m.WorkerExited):
             logger.warning("worker %s/%d ended with code %d", instance.name, message.index, message.code)
+        elif isinstance(message, m.WorkerStalled):
+            worker = instance.workers.get(message.index)
+            if worker is not None and worker.pid == message.pid:
+                self.end_worker(Device(instance.name, message.index), message.reason)
 
     async def _serve_worker(self, device: Device, member: Member) -> None:
         instance = self._instance(device.instance)
@@ -283,7 +315,9 @@ class Membership:
         reason = "its connection was dropped"
         try:
             self._announce(instance)
-            reason = await self._listen(member, lambda message: self._listener.worker_said(device, message))
+            reason = await self._listen(
+                member, lambda message: self._listener.worker_said(device, message), answer=True
+            )
         finally:
             del instance.workers[device.index]
             if instance.agent is None and not instance.workers:
@@ -291,20 +325,22 @@ class Membership:
             self._listener.worker_lost(device, reason)
             self._listener.fleet_changed()
 
-    async def _listen(self, member: Member, hear: Callable[[m.Upward], None]) -> str:
-        """Take messages until the connection ends; returns why it did."""
+    async def _listen(self, member: Member, hear: Callable[[m.Upward], None], *, answer: bool) -> str:
+        """Take messages until the connection ends; returns why it did. Heartbeats are answered if `answer`."""
         loop = asyncio.get_running_loop()
         while True:
             try:
                 message = await member.connection.receive()
             except TransportError as error:
-                return str(error)
-            member.seen_at = loop.time()
+                return member.verdict or str(error)
+            member.lease.renew()
             if isinstance(message, m.Heartbeat):
-                member.steps = message.steps
-                member.connection.send(m.Alive())
-            else:
-                hear(message)
+                member.pulse, member.pulse_at = message, loop.time()
+                if answer:
+                    member.connection.send(m.Alive())
+                if not message.still_s:
+                    continue
+            hear(message)
 
     def _announce(self, instance: InstanceState) -> None:
         if instance.complete and not instance.announced:
@@ -313,25 +349,24 @@ class Membership:
         if instance.complete:
             self._listener.fleet_changed()
 
-    async def _watch_leases(self) -> None:
-        lease_s = self._settings.timeouts.lease_s
-        while True:
-            asked_at = asyncio.get_running_loop().time()
-            await asyncio.sleep(lease_s / 10)
-            now = asyncio.get_running_loop().time()
-            if now - asked_at > lease_s / 2:
-                continue  # this process itself was held up: what it has not read yet says nothing about others
+    async def _watch_agents(self) -> None:
+        lease_s = self._settings.timeouts.agent_lease_s
+        async for look in looks(lease_s):
             for instance in list(self.instances.values()):
-                self._check(instance, now - lease_s)
+                agent = instance.agent
+                if agent is None or agent.connection.closed:
+                    continue
+                if agent.lease.look():
+                    logger.warning("instance %s is silent; counting it as lost", instance.name)
+                    agent.verdict = f"it was silent for {lease_s:g} s"
+                    agent.connection.abort()
+                elif look % _PROBE_LOOKS == 0:
+                    agent.connection.send(m.Alive())
 
-    def _check(self, instance: InstanceState, oldest: float) -> None:
-        for index, worker in list(instance.workers.items()):
-            if worker.seen_at < oldest and not worker.connection.closed:
-                logger.warning("worker %s/%d is silent; ending it", instance.name, index)
-                if instance.agent is not None:
-                    instance.agent.connection.send(m.KillWorker(index))
-                worker.connection.abort()
-        agent = instance.agent
-        if agent is not None and agent.seen_at < oldest and not agent.connection.closed:
-            logger.warning("instance %s is silent; counting it as lost", instance.name)
-            agent.connection.abort()
+    async def _watch_workers(self) -> None:
+        lease_s = self._settings.timeouts.lease_s
+        async for _ in looks(lease_s):
+            for instance in list(self.instances.values()):
+                for index, worker in list(instance.workers.items()):
+                    if not worker.connection.closed and worker.lease.look():
+                        self.end_worker(Device(instance.name, index), f"was silent for {lease_s:g} s")

@@ -22,7 +22,7 @@ from serving.engine.place import Place
 from serving.engine.sampler import sample
 from serving.messages import Role
 from serving.settings import EngineSettings
-from serving.worker.groups import Group
+from serving.worker.groups import Group, Waiting
 from serving.worker.movement import HeldTensor
 from serving.worker.replica import Position
 
@@ -61,8 +61,10 @@ class Build:
     timeout_s: float
     engine: EngineSettings
 
-    def group(self, name: str, members: Sequence[str], own: str) -> Group:
-        """Meet `members` (rank order); collective."""
+    def group(
+        self, name: str, members: Sequence[str], own: str, *, waiting: Waiting | None = None, first: int = 0
+    ) -> Group:
+        """Meet `members` (rank order, the first of them rank `first` of its replica); collective."""
         prefix = f"{self.epoch}/{name}"
         return Group(
             self.store,
@@ -72,6 +74,8 @@ class Build:
             device=self.device,
             host=self.host,
             timeout_s=self.timeout_s,
+            waiting=waiting,
+            first=first,
         )
 
 
@@ -96,7 +100,8 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
     if numerics_of(build.engine) == "free":
         free = FreeModel(spec, build.engine.free_step_s)
         return Position(role, free, cache, group, free.draw)
-    comm = build.group(f"r{role.replica}s{stage}", peers, own)
+    first = stage * role.shards
+    comm = build.group(f"r{role.replica}s{stage}", peers, own, waiting=group.waiting, first=first)
     # What is resident may be more than this position needs.
     weights = {part.name: tensors[part.name].view(Box(part.name, *box)) for part, *box in place.boxes(spec)}
     model = ShardModel(spec, place, weights, numerics=numerics_of(build.engine), comm=comm, cache=cache)

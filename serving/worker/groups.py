@@ -9,7 +9,9 @@ makes every peer that waits on it fail in turn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -36,16 +38,35 @@ def connect_store(address: str, timeout_s: float) -> dist.Store:
         raise GroupBroken(f"no rendezvous store at {address}") from error
 
 
+@dataclass(slots=True)
+class Waiting:
+    """The rank of its replica that a step loop waits for, and how often waiting has ended; for others to read."""
+
+    peer: int | None = None
+    ended: int = 0
+
+    @contextmanager
+    def on(self, peer: int) -> Iterator[None]:
+        """The block waits for `peer`."""
+        self.peer = peer
+        try:
+            yield
+        finally:
+            self.peer = None
+            self.ended += 1
+
+
 class Pending:
     """Sends that are under way; the tensors stay alive until they are awaited."""
 
-    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
-        self._works, self._tensors = works, tensors
+    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor], waiting: Waiting, peer: int) -> None:
+        self._works, self._tensors, self._waiting, self._peer = works, tensors, waiting, peer
 
     def wait(self) -> None:
         """Until the peer has taken everything. Raises `GroupBroken`."""
-        for work in self._works:
-            _wait(work)
+        with self._waiting.on(self._peer):
+            for work in self._works:
+                _wait(work)
 
 
 def _wait(work: dist.Work) -> None:
@@ -59,13 +80,25 @@ class Group:
     """Ranks 0 … size−1 that exchange bytes and tensors. Blocking calls give up after `timeout_s`.
 
     Construction is collective: it returns once all ranks have met in `store` under `prefix`. NCCL takes one
-    rank per GPU; where ranks share one, the tensors of the group go through host memory instead.
+    rank per GPU; where ranks share one, the tensors of the group go through host memory instead. `waiting`
+    is kept up to date, in ranks that count from `first` on.
     """
 
     def __init__(
-        self, store: dist.Store, prefix: str, rank: int, size: int, *, device: torch.device, host: str, timeout_s: float
+        self,
+        store: dist.Store,
+        prefix: str,
+        rank: int,
+        size: int,
+        *,
+        device: torch.device,
+        host: str,
+        timeout_s: float,
+        waiting: Waiting | None = None,
+        first: int = 0,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.waiting, self._first = waiting or Waiting(), first
         self._nccl: Any = None  # torch's CPU builds have no type for it
         self._aborted = False
         if size == 1:
@@ -95,7 +128,8 @@ class Group:
             work = self._tensors.recv([tensor], peer, 0)
         except RuntimeError as error:
             raise GroupBroken(str(error).splitlines()[0][:200]) from error
-        _wait(work)
+        with self.waiting.on(self._first + peer):
+            _wait(work)
         self.check()
         return tensor
 
@@ -108,7 +142,8 @@ class Group:
         pending = [self._start(self._gloo, packet, peer)]
         if raw.numel() > _PACKET_BYTES:
             pending.append(self._start(self._gloo, raw[_PACKET_BYTES:], peer))
-        return Pending([work for part in pending for work in part._works], [packet, raw])
+        works = [work for part in pending for work in part._works]
+        return Pending(works, [packet, raw], self.waiting, self._first + peer)
 
     def receive_bytes(self, peer: int) -> bytes:
         """The next bytes from `peer`."""
@@ -128,12 +163,13 @@ class Group:
             work = self._gloo.recv([tensor], peer, 0)
         except RuntimeError as error:
             raise GroupBroken(str(error).splitlines()[0][:200]) from error
-        _wait(work)
+        with self.waiting.on(self._first + peer):
+            _wait(work)
         self.check()
 
     def _start(self, group: Any, tensor: Tensor, peer: int) -> Pending:
         try:
-            return Pending([group.send([tensor], peer, 0)], [tensor])
+            return Pending([group.send([tensor], peer, 0)], [tensor], self.waiting, self._first + peer)
         except RuntimeError as error:
             raise GroupBroken(str(error).splitlines()[0][:200]) from error
 

@@ -29,7 +29,7 @@ _CONNECT_S = 2.0
 _QUIET_S = 0.05  # how long to wait for something new before looking whether to stop
 _AGAIN_S = 0.5  # between two attempts to connect
 _WINDOW = 4  # frames that may be unanswered
-_PATIENCE_S = 1.0  # how long a step waits for its copies; a keeper that is slower holds nobody up
+_PATIENCE_S = 0.5  # how long a step waits for its copies; a keeper that is slower holds nobody up
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class KvStream(threading.Thread):
     def hold(self, plan: StepPlan, lag_tokens: int) -> None:
         """Wait until the copy of every decoding sequence of `plan` is at most `lag_tokens` behind.
 
-        Gives up after a second, and does not wait at all while there is no connection.
+        Gives up after half a second, and does not wait at all while there is no connection.
         """
         wanted = {one.key: one.start - lag_tokens for one in plan.sequences if len(one.tokens) == 1}
         until = time.monotonic() + _PATIENCE_S

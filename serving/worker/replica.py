@@ -41,7 +41,7 @@ from serving.messages import (
     Tokens,
     Wanted,
 )
-from serving.worker.groups import Group, GroupBroken, Pending
+from serving.worker.groups import Group, GroupBroken, Pending, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class StepLoop(threading.Thread, ABC):
         super().__init__(name=f"replica-{position.role.replica}", daemon=True)
         self.position = position
         self.steps = 0
+        self.resting = False  # there is nothing that this rank or another could do
+        self._cpu_clock: int | None = None
         self._fail = fail
         self._stopped = threading.Event()
         self._sends: deque[Pending] = deque()
@@ -116,6 +118,7 @@ class StepLoop(threading.Thread, ABC):
 
     def run(self) -> None:
         """Step until told to stop, or until the group breaks."""
+        self._cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
             with torch.inference_mode():
                 self._loop()
@@ -124,6 +127,20 @@ class StepLoop(threading.Thread, ABC):
                 if not isinstance(error, GroupBroken):
                     logger.exception("replica %d broke", self.position.role.replica)
                 self._fail(f"{type(error).__name__}: {error}")
+
+    @property
+    def waiting(self) -> Waiting:
+        """Whom the loop waits for."""
+        return self.position.group.waiting
+
+    def cpu_s(self) -> float:
+        """Processor time that the loop's thread has used; from any thread."""
+        if self._cpu_clock is None:
+            return 0.0
+        try:
+            return time.clock_gettime(self._cpu_clock)
+        except OSError:  # the thread has ended
+            return 0.0
 
     def discard(self) -> None:
         """From any thread: stop without a word, whatever the loop is doing; its state is void."""
@@ -291,9 +308,13 @@ class Leader(StepLoop):
             self._commands.get()()
 
     def _idle(self) -> None:
+        self.resting = True
         try:
-            self._commands.get(timeout=self._keepalive_s / 4)()
+            command = self._commands.get(timeout=self._keepalive_s / 4)
+            self.resting = False
+            command()
         except queue.Empty:
+            self.resting = False
             expired = self._scheduler.expire(time.monotonic())
             self._tell(expired)
         if time.monotonic() - self._spoke_at > self._keepalive_s:
@@ -333,15 +354,25 @@ class Leader(StepLoop):
     def _residents(self) -> list[Resident]:
         return [Resident(*one) for one in self._scheduler.snapshot()]
 
+    def _granted(self) -> bool:
+        """Wait until the journal can take another report; False if the loop is stopped meanwhile."""
+        self.resting = True
+        try:
+            while not self._window.acquire(timeout=0.5):
+                if self._stopped.is_set():
+                    return False
+            return True
+        finally:
+            self.resting = False
+
     def _tell(self, drawn: list[Drawn]) -> None:
         quiet = not drawn and (self._in_flight or not self._relieved)
         if quiet or self._stopped.is_set():
             return
         # What ends while it is under way is freed after its step, which then has nothing else to say.
         self._relieved = bool(self._in_flight) and (self._relieved or any(one.token is None for one in drawn))
-        while not self._window.acquire(timeout=0.5):
-            if self._stopped.is_set():
-                return
+        if not self._granted():
+            return
         emissions = [
             Emission(one.key, one.index, one.token, one.logprob, list(one.top), one.finish, one.error) for one in drawn
         ]

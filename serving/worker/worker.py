@@ -31,6 +31,7 @@ from serving.worker.keeper import Keeper
 from serving.worker.kv_movement import KvMover
 from serving.worker.kv_stream import KvStream
 from serving.worker.movement import HeldTensor, WeightMover
+from serving.worker.pulse import Pulse
 from serving.worker.replica import Follower, Leader, Position, StepLoop
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Worker:
             frame_bytes=settings.capacity.frame_bytes,
             timeout_s=settings.timeouts.join_s,
             silence_s=settings.timeouts.controller_gone_s,
+            unacknowledged_s=settings.timeouts.lease_s,
         )
         self._connection = connection
         beat = asyncio.create_task(self._beat(connection))
@@ -100,9 +102,11 @@ class Worker:
             await connection.close()
 
     async def _beat(self, connection: Connection[m.Downward]) -> None:
+        heartbeat_s = self._settings.timeouts.heartbeat_s
+        pulse = Pulse(heartbeat_s)
         while True:
-            connection.send(m.Heartbeat(self._loop.steps if self._loop else 0))
-            await asyncio.sleep(self._settings.timeouts.heartbeat_s)
+            connection.send(pulse.take(self._loop))
+            await asyncio.sleep(heartbeat_s)
 
     def _poster(self) -> Callable[[m.Message], None]:
         """Sends from any thread to the controller of this moment: its epochs mean nothing to the next one."""

@@ -109,6 +109,31 @@ async def test_the_life_of_an_agent(tmp_path: Path, settings: ServingSettings) -
         await asyncio.to_thread(worker.wait, 5.0)
 
 
+async def test_a_worker_that_is_stopped_is_replaced(tmp_path: Path, settings: ServingSettings) -> None:
+    async with membership(settings) as fleet, agent(tmp_path, settings, fleet.port):
+        await fleet.until(lambda: ("joined", "a") in fleet.log.said, within_s=20.0)
+        worker = psutil.Process(fleet.membership.instances["a"].workers[0].pid)
+        worker.suspend()
+        await fleet.heard("worker lost", "a/0")
+        assert fleet.log.reasons == ["is stopped"]
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        assert fleet.membership.instances["a"].workers[0].pid != worker.pid
+
+
+async def test_an_agent_goes_first_and_its_workers_do_not(tmp_path: Path, settings: ServingSettings) -> None:
+    async with membership(settings) as fleet, agent(tmp_path, settings, fleet.port) as process:
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        own, worker = os.getpriority(os.PRIO_PROCESS, 0), fleet.membership.instances["a"].workers[0].pid
+        raised = os.getpriority(os.PRIO_PROCESS, process.pid)
+        assert raised == (-10 if _may_go_first() else own)
+        assert os.getpriority(os.PRIO_PROCESS, worker) == max(own, 0)
+
+
+def _may_go_first() -> bool:
+    tried = subprocess.run([sys.executable, "-c", "import os; os.setpriority(0, 0, -10)"], capture_output=True)
+    return tried.returncode == 0
+
+
 async def test_a_notice_given_to_a_controller_outlives_it(tmp_path: Path, settings: ServingSettings) -> None:
     async with membership(settings) as fleet, agent(tmp_path, settings, fleet.port):
         await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)

@@ -14,7 +14,7 @@ from serving.controller.membership import InstanceState, Membership
 from serving.settings import ServingSettings, Timeouts
 from serving.transport import Connection, JoinRefused, join
 
-TIMEOUTS = Timeouts(lease_s=0.6, join_s=1.0)
+TIMEOUTS = Timeouts(agent_lease_s=0.6, lease_s=0.6, join_s=1.0)
 
 
 class Log:
@@ -22,6 +22,7 @@ class Log:
 
     def __init__(self) -> None:
         self.said: list[tuple[object, ...]] = []
+        self.reasons: list[str] = []
         self.changes = 0
         self.fail = False
 
@@ -39,9 +40,11 @@ class Log:
 
     def instance_lost(self, instance: InstanceState, reason: str) -> None:
         self.said.append(("lost", instance.name))
+        self.reasons.append(reason)
 
     def worker_lost(self, device: Device, reason: str) -> None:
         self.said.append(("worker lost", str(device)))
+        self.reasons.append(reason)
 
     def worker_said(self, device: Device, message: m.Upward) -> None:
         if self.fail:
@@ -244,6 +247,48 @@ async def test_a_silent_agent_takes_its_instance_along(fleet: Fleet) -> None:
     await fleet.heard("lost", "a")
     await fleet.heard("worker lost", "a/0")
     beating.cancel()
+
+
+async def test_a_worker_that_its_agent_sees_standing_still_is_ended_at_once(fleet: Fleet) -> None:
+    agent, _ = await fleet.agent(), await fleet.worker(pid=2)
+    agent.send(m.WorkerStalled("a", 0, 1, "is stopped"))  # of the process before this one
+    agent.send(m.WorkerStalled("a", 5, 2, "is stopped"))
+    agent.send(m.Notice("a", 50.0, "file"))
+    await fleet.heard_notice("file", 50.0)
+    assert fleet.membership.connected(Device("a", 0))
+    agent.send(m.WorkerStalled("a", 0, 2, "is stopped"))
+    await fleet.heard("worker lost", "a/0")
+    told = [message async for message in _until(agent, m.KillWorker)]
+    assert told[-1] == m.KillWorker(0)
+
+
+async def test_the_reason_of_a_loss_is_told(fleet: Fleet) -> None:
+    agent, _ = await fleet.agent(), await fleet.worker(pid=2)
+    agent.send(m.WorkerStalled("a", 0, 2, "is stopped"))
+    await fleet.heard("worker lost", "a/0")
+    await fleet.heard("lost", "a")  # it says nothing more
+    assert fleet.log.reasons == ["is stopped", "it was silent for 0.6 s"]
+
+
+async def test_an_agent_that_says_nothing_is_spoken_to_all_the_same(fleet: Fleet) -> None:
+    """Its kernel has to acknowledge something."""
+    agent, began = await fleet.agent(), time.monotonic()
+    assert [message async for message in agent] == [m.Alive()] * 3
+    assert time.monotonic() - began < 2.0
+
+
+async def test_heartbeats_of_a_worker_are_answered_and_passed_on_if_it_stands_still(fleet: Fleet) -> None:
+    await fleet.agent()
+    worker = await fleet.worker()
+    worker.send(m.Heartbeat(3, 1))
+    worker.send(m.Heartbeat(3, 1, 0.5, 2))
+    await fleet.heard("a/0", m.Heartbeat(3, 1, 0.5, 2))
+    assert ("a/0", m.Heartbeat(3, 1)) not in fleet.log.said
+    heard = fleet.membership.heard(Device("a", 0))
+    assert heard is not None
+    assert (heard.beat, heard.recent, heard.silent_s) == (m.Heartbeat(3, 1, 0.5, 2), True, 0.0)
+    assert await worker.receive() == await worker.receive() == m.Alive()
+    assert fleet.membership.heard(Device("b", 0)) is None
 
 
 async def test_a_controller_that_was_held_up_blames_nobody(fleet: Fleet) -> None:

@@ -51,7 +51,7 @@ class Peer:
         while True:
             for connection in (self.agent, self.worker):
                 connection.send(m.Heartbeat())
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
 
     async def _work(self) -> None:
         async for order in self.worker:
