@@ -13,7 +13,6 @@ from serving.engine.blocks import blocks_for
 from serving.engine.kv_cache import KvCache
 from serving.engine.model import ShardModel
 from serving.engine.place import Place, SoloCommunicator
-from serving.engine.sampler import sample
 from serving.engine.scheduler import ScheduledRequest, Scheduler, SchedulerLimits
 from serving.engine.weights import load_weights, read_spec
 from serving.requests import GenerationRequest
@@ -52,7 +51,7 @@ def reference_streams(
         plan = scheduler.schedule(0.0)
         if plan is not None:
             logits = model.forward(plan, None)
-            ended += scheduler.complete(plan, sample(logits, plan) if logits is not None else [])
+            ended += scheduler.complete(plan, model.draw(logits, plan))
         for emission in ended:
             if emission.token is not None:
                 outputs[emission.key].append(emission.token)

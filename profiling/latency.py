@@ -20,7 +20,6 @@ from profiling.grid import StepPoint
 from profiling.shard import build_shard, plan_for, random_hidden
 from profiling.timing import Sample, elapsed_s, repeats_for
 from serving.engine.model import ShardModel
-from serving.engine.sampler import sample
 from serving.worker.groups import Group
 
 Action = Callable[[], object]
@@ -132,12 +131,7 @@ def _forward(model: ShardModel, point: StepPoint, spec: ModelSpec, block_tokens:
     if not model.place.last:
         return lambda: model.forward(plan, hidden)
 
-    def compute_and_draw() -> None:
-        logits = model.forward(plan, hidden)
-        if logits is not None:
-            sample(logits, plan)
-
-    return compute_and_draw
+    return lambda: model.draw(model.forward(plan, hidden), plan)
 
 
 def _row(point: StepPoint, result: Sample, less_ms: float) -> StepTime:

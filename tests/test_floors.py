@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PLAN_EXTRA = ("prefect", "mlflow", "cvxpy", "pulp", "fastapi", "matplotlib")
 
 IMPORT_ALL = """
-import importlib, pathlib, sys
+import importlib, importlib.util, pathlib, sys
+kernels = {"serving.engine.attention", "serving.engine.fused"} if importlib.util.find_spec("triton") is None else set()
 root, packages, blocked = pathlib.Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
 for name in blocked:
     sys.modules[name] = None  # any import of it now fails
@@ -20,7 +21,8 @@ for package in packages:
     for path in sorted((root / package).rglob("*.py")):
         if path.name != "__main__.py":
             name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-            importlib.import_module(name)
+            if name not in kernels:  # torch brings Triton along only where there is a device for it
+                importlib.import_module(name)
 """
 
 

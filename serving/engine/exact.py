@@ -119,6 +119,7 @@ class ExactNumerics:
     """float32 in, float32 out, exact sums between; results do not depend on layout, batch or padding."""
 
     dtype = torch.float32
+    paged = False
 
     def __init__(self, spec: ModelSpec) -> None:
         self._score_bits = operand_bits(spec.head_dim)
@@ -158,6 +159,11 @@ class ExactNumerics:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Numerics.rms_norm`; the sum of squares is exact."""
         return (x.double() / _root_mean_square(x, eps)).mul_(weight).float()
+
+    def add_rms_norm(self, hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Numerics.add_rms_norm`."""
+        total = hidden + delta
+        return total, self.rms_norm(total, weight, eps)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """See `Numerics.layer_norm`; both sums are exact, in two passes."""

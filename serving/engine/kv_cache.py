@@ -17,8 +17,9 @@ __all__ = ["BlockAllocator", "KvCache", "blocks_for", "slots"]
 class KvCache:
     """Keys and values of decoder layers `layers` and KV heads `heads` (absolute, half-open ranges).
 
-    Per layer `[blocks, block_tokens, heads, head_dim]`. Starts as zeros: attention reads padding and
-    multiplies it by zero, so every entry must be finite.
+    Per layer `[blocks + 1, block_tokens, heads, head_dim]`. Starts as zeros: attention reads padding and
+    multiplies it by zero, so every entry must be finite. Block `blocks` belongs to nobody: rows that only
+    pad a step are written there.
     """
 
     def __init__(
@@ -33,9 +34,9 @@ class KvCache:
     ) -> None:
         self.layers, self.heads = layers, heads
         self.head_dim, self.blocks, self.block_tokens = head_dim, blocks, block_tokens
-        shape = (layers[1] - layers[0], 2, blocks, block_tokens, heads[1] - heads[0], head_dim)
+        shape = (layers[1] - layers[0], 2, blocks + 1, block_tokens, heads[1] - heads[0], head_dim)
         self._paged = torch.zeros(shape, dtype=dtype, device=device)
-        self._flat = self._paged.view(shape[0], 2, blocks * block_tokens, *shape[4:])
+        self._flat = self._paged.view(shape[0], 2, (blocks + 1) * block_tokens, *shape[4:])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,6 +47,11 @@ class KvCache:
     def device(self) -> torch.device:
         """Where the cache lives."""
         return self._paged.device
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of an absolute layer, in place: `[blocks + 1, block_tokens, heads, head_dim]`."""
+        local = self._paged[layer - self.layers[0]]
+        return local[0], local[1]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store `k`, `v` `[tokens, heads, head_dim]` of an absolute layer; slot = block × block_tokens + offset."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from data.errors import InvalidInput
 from data.models import ModelSpec
-from serving.engine.batch import StepPlan
+from serving.engine.batch import SampledToken, StepPlan
+from serving.engine.blocks import blocks_for
 from serving.engine.exact import ExactNumerics
+from serving.engine.graphs import DecodeGraphs
 from serving.engine.kv_cache import KvCache
 from serving.engine.layers import Parts
 from serving.engine.models import make_decoder
-from serving.engine.native import NativeNumerics
+from serving.engine.native import FusedNumerics, NativeNumerics, fused_on
 from serving.engine.numerics import Numerics
 from serving.engine.place import Communicator, Place
+from serving.engine.sampler import sample
 from serving.engine.step import StepTensors
 
 
@@ -36,10 +39,13 @@ class ShardModel:
         numerics: str,
         comm: Communicator,
         cache: KvCache,
+        timeout_s: float = 20.0,
     ) -> None:
         self.spec, self.place, self._cache, self._comm = spec, place, cache, comm
+        self._timeout_s = timeout_s
         self._numerics = make_numerics(numerics, spec, cache.dtype, cache.device)
         self._decoder = make_decoder(Parts(spec, place, weights, self._numerics, comm), cache)
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def hidden_dtype(self) -> torch.dtype:
@@ -52,31 +58,76 @@ class ShardModel:
         return sum(len(sequence.tokens) for sequence in plan.sequences)
 
     @torch.inference_mode()
+    def warm(self, sizes: Sequence[int]) -> dict[int, float]:
+        """Record decode steps of these batch sizes, so that from now on they are replayed; milliseconds each took.
+
+        Collective over the shards, in any thread, before the first `forward` or between two; touches
+        nobody's KV. Does nothing where steps cannot be recorded: on a CPU, or with exact numerics.
+        """
+        if not self._numerics.paged or self._cache.device.type != "cuda":
+            return {}
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(
+                self._decode,
+                self._cache,
+                width=None if self.place.first else self.spec.hidden,
+                most_blocks=min(self._cache.blocks, blocks_for(self.spec.max_positions, self._cache.block_tokens)),
+            )
+        return self._graphs.capture(sizes)
+
+    @torch.inference_mode()
     def forward(self, plan: StepPlan, hidden: Tensor | None) -> Tensor | None:
         """Run the place's layers for one step and cache its keys and values.
 
         The first stage ignores `hidden`; others take `[rows, hidden]` from the stage before. A stage
         that is not the last returns such activations, the same on every shard. The last returns, on
-        shard 0, float32 logits `[sampled, vocab]` of the sequences with `sampling` set, in plan order;
-        None on other shards or if there are none.
+        shard 0, float32 logits `[sampled, vocab]` of the sequences with `sampling` set, in plan order,
+        valid until the next step; None on other shards or if there are none.
         """
+        if self._graphs is not None and (recorded := self._graphs.step_for(plan)) is not None:
+            output = recorded.run(plan, hidden)
+            # Activations may still be on their way to the next stage when the next step begins.
+            return output if output is None or self.place.last else output.clone()
         step = StepTensors.of(
-            plan, block_tokens=self._cache.block_tokens, window=self.spec.sliding_window, device=self._cache.device
+            plan,
+            block_tokens=self._cache.block_tokens,
+            window=self.spec.sliding_window,
+            device=self._cache.device,
+            paged=self._numerics.paged,
         )
-        if self.place.first:
-            hidden = self._decoder.embed(step)
-        if hidden is None:
-            raise ValueError("a stage after the first needs the activations of the stage before it")
-        hidden = self._decoder.run_layers(hidden, step)
+        hidden = self._run_layers(step, hidden)
         if not self.place.last:
             return hidden
         return self._decoder.logits(hidden.index_select(0, step.sampled)) if len(step.sampled) else None
 
+    def draw(self, logits: Tensor | None, plan: StepPlan) -> list[SampledToken]:
+        """The tokens that `sample` draws from what `forward` returned. Raises `TimeoutError` if the device hangs."""
+        if logits is None:
+            return []
+        return sample(logits, plan, exact=not isinstance(self._numerics, NativeNumerics), timeout_s=self._timeout_s)
+
+    def _decode(self, step: StepTensors, hidden: Tensor | None) -> Tensor | None:
+        """A step all of whose rows are sampled."""
+        hidden = self._run_layers(step, hidden)
+        return self._decoder.logits(hidden) if self.place.last else hidden
+
+    def _run_layers(self, step: StepTensors, hidden: Tensor | None) -> Tensor:
+        if self.place.first:
+            hidden = self._decoder.embed(step)
+        if hidden is None:
+            raise ValueError("a stage after the first needs the activations of the stage before it")
+        return self._decoder.run_layers(hidden, step)
+
 
 def make_numerics(name: str, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Numerics:
-    """`exact`, `native`, or `auto`: exact on the CPU, native elsewhere. Raises `InvalidInput`."""
+    """`exact`, `native`, or `auto`: exact on the CPU, native elsewhere. Raises `InvalidInput`.
+
+    `framework` is native without own kernels, to compare with.
+    """
     chosen = ("exact" if device.type == "cpu" else "native") if name == "auto" else name
     if chosen == "native":
+        return FusedNumerics(dtype) if fused_on(device) else NativeNumerics(dtype)
+    if chosen == "framework":
         return NativeNumerics(dtype)
     if chosen != "exact":
         raise InvalidInput(f"numerics {name!r} is unknown; choose exact, native or auto")

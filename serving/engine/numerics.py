@@ -18,9 +18,13 @@ Linear = Callable[[Tensor], Tensor]
 
 
 class Numerics(Protocol):
-    """Reducing operations on activations `[n, …]` of dtype `dtype`."""
+    """Reducing operations on activations `[n, …]` of dtype `dtype`.
+
+    With `paged`, single rows attend to the cache in place (`PagedAttention`) and not through `attend`.
+    """
 
     dtype: torch.dtype
+    paged: bool
 
     def column_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """x · weightᵀ + bias with whole rows of x: nothing is summed over shards. `weight` is `[out, in]`."""
@@ -35,6 +39,10 @@ class Numerics(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
+        ...
+
+    def add_rms_norm(self, hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """hidden + delta, and its `rms_norm`."""
         ...
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

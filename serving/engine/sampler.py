@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -14,24 +15,29 @@ from serving.engine.exact import exp_nonpositive, softmax_terms
 from serving.requests import Sampling, TopLogprob
 
 _MASK64 = (1 << 64) - 1
+_DEVICE_TIMEOUT_S = 20.0
+_POLL_S = 20e-6
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, plan: StepPlan) -> list[SampledToken]:
+def sample(
+    logits: Tensor, plan: StepPlan, *, exact: bool = True, timeout_s: float = _DEVICE_TIMEOUT_S
+) -> list[SampledToken]:
     """One token for each sequence of the plan with `sampling` set; `logits` `[those, vocab]` in plan order.
 
     Greedy where the temperature is 0; equal logits go to the lowest id. Otherwise a draw that depends
     on the row, the request's seed and the output index alone. Log-probabilities are those of the
-    untempered distribution.
+    untempered distribution. Without `exact` greedy choices and normalisers are the device's, in float32.
+    Raises `TimeoutError` if the device does not get this far in `timeout_s`.
     """
     sequences = [sequence for sequence in plan.sequences if sequence.sampling is not None]
-    scores = torch.nan_to_num(logits.double(), nan=-math.inf).clamp_(-1e30, 1e30)
-    best = scores.amax(-1, keepdim=True)
-    totals = softmax_terms(scores)[1]
-    greedy = zip(_lowest(scores == best), best[:, 0].tolist(), totals[:, 0].tolist(), strict=True)
+    scores = torch.nan_to_num(logits.double() if exact else logits, nan=-math.inf).clamp_(-1e30, 1e30)
+    greedy = _fetch(_exact_choices(scores) if exact else _choices(scores), timeout_s).tolist()
+    wishes = [row for row, one in enumerate(sequences) if one.sampling and _wishes(one.sampling)]
+    rows = dict(zip(wishes, scores[wishes].double().cpu().numpy(), strict=True)) if wishes else {}
     return [
-        _sampled(sequence, scores[row], high + math.log(total), token, high)
-        for row, (sequence, (token, high, total)) in enumerate(zip(sequences, greedy, strict=True))
+        _sampled(sequence, rows.get(row), normalizer, int(token), score)
+        for row, (sequence, (token, score, normalizer)) in enumerate(zip(sequences, greedy, strict=True))
     ]
 
 
@@ -41,12 +47,47 @@ def uniform(seed: int, index: int) -> float:
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def _sampled(sequence: SequenceStep, scores: Tensor, normalizer: float, token: int, score: float) -> SampledToken:
-    """`token` and its `score` are the greedy choice; only other wishes bring the row to the host."""
+def _wishes(sampling: Sampling) -> bool:
+    """Whether a row has to come to the host."""
+    return sampling.temperature > 0 or sampling.logprobs > 0
+
+
+def _exact_choices(scores: Tensor) -> Tensor:
+    """float64 `[n, 3]`: greedy token, its score, logarithm of the exact sum of exponentials."""
+    best = scores.amax(-1, keepdim=True)
+    totals = softmax_terms(scores)[1]
+    normalizers = [[math.log(total)] for total in totals[:, 0].tolist()]
+    return torch.cat((_lowest(scores == best).double(), best, best + best.new_tensor(normalizers)), 1)
+
+
+def _choices(scores: Tensor) -> Tensor:
+    """The same in float32, but for the token: `argmax` returns the first of equals."""
+    token = scores.argmax(-1, keepdim=True)
+    return torch.cat((token.double(), scores.gather(1, token).double(), scores.logsumexp(-1, True).double()), 1)
+
+
+def _fetch(choices: Tensor, timeout_s: float) -> Tensor:
+    """To the host; a device that waits for a lost peer would keep a plain copy waiting for ever."""
+    if choices.device.type != "cuda":
+        return choices.cpu()
+    copy = torch.empty(choices.shape, dtype=choices.dtype, pin_memory=True).copy_(choices, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    give_up_s = time.monotonic() + timeout_s
+    while not done.query():
+        if time.monotonic() > give_up_s:
+            raise TimeoutError(f"the device did not finish a step within {timeout_s:g} s")
+        time.sleep(_POLL_S)
+    return copy
+
+
+def _sampled(
+    sequence: SequenceStep, row: NDArray[np.float64] | None, normalizer: float, token: int, score: float
+) -> SampledToken:
+    """`token` and its `score` are the greedy choice; `row` is there if more is wished for."""
     sampling = sequence.sampling or Sampling()
     top: list[TopLogprob] = []
-    if sampling.temperature > 0 or sampling.logprobs > 0:
-        row = scores.cpu().numpy()
+    if row is not None:
         if sampling.temperature > 0:
             token = draw(row, sampling, uniform(sampling.seed, sequence.output_index))
             score = float(row[token])
@@ -75,8 +116,7 @@ def draw(scores: NDArray[np.float64], sampling: Sampling, point: float) -> int:
     return int(order[min(index, kept - 1)])
 
 
-def _lowest(chosen: Tensor) -> list[int]:
-    """Lowest true index of each row; `argmax` would leave open which of several it returns."""
+def _lowest(chosen: Tensor) -> Tensor:
+    """Lowest true index of each row `[n, 1]`, on whatever device and framework."""
     ids = torch.arange(chosen.shape[1], device=chosen.device)
-    result: list[int] = torch.where(chosen, ids, chosen.shape[1]).amin(-1).tolist()
-    return result
+    return torch.where(chosen, ids, chosen.shape[1]).amin(-1, keepdim=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,20 +21,35 @@ class AttentionGroup:
     """Sequences of a step that attend together, `tokens` query rows each.
 
     `rows` `[sequences · tokens]` are their rows in the step, `blocks` `[sequences, table]` their
-    padded block tables, `visible` `[sequences, tokens, context]` which positions each row may see.
+    padded block tables, `visible` `[sequences, tokens, context]` which positions each row may see. Without
+    `visible` the rows of the one sequence are the last of its first `context` tokens and see all before them.
     """
 
     rows: Tensor
     tokens: int
     blocks: Tensor
-    visible: Tensor
+    context: int
+    visible: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Rows that add one token each to a sequence and read its context in place.
+
+    `rows` `[n]` are their rows in the step (None: all, in order), `tables` int32 `[n, table]` padded block
+    tables, `lengths` int32 `[n]` how many tokens each may see, itself included.
+    """
+
+    rows: Tensor | None
+    tables: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
     """Per row of the step (sequences in plan order, each one's tokens in order): id, position, KV slot.
 
-    `sampled` are the rows whose logits are wanted.
+    `sampled` are the rows whose logits are wanted. Every row is in one of `groups` or in `decode`.
     """
 
     tokens: Tensor
@@ -41,10 +57,16 @@ class StepTensors:
     slots: Tensor
     sampled: Tensor
     groups: tuple[AttentionGroup, ...]
+    decode: DecodeRows | None = None
 
     @classmethod
-    def of(cls, plan: StepPlan, *, block_tokens: int, window: int | None, device: torch.device) -> StepTensors:
-        """The tensors of a plan; `window` is the width of sliding-window attention, if any."""
+    def of(
+        cls, plan: StepPlan, *, block_tokens: int, window: int | None, device: torch.device, paged: bool = False
+    ) -> StepTensors:
+        """The tensors of a plan; `window` is the width of sliding-window attention, if any.
+
+        `paged` makes `decode` of the rows that come alone, and spares chunks the mask where they need none.
+        """
         rows: list[tuple[int, int, int]] = []
         sampled: list[int] = []
         pieces: list[_Piece] = []
@@ -55,13 +77,15 @@ class StepTensors:
                 rows.append((token, position, sequence.blocks[block] * block_tokens + offset))
             if sequence.sampling is not None:
                 sampled.append(len(rows) - 1)
-        tokens, positions, slots = torch.tensor(rows, dtype=torch.long, device=device).unbind(1)
+        tokens, positions, slots = torch.tensor(rows, dtype=torch.long, device=device).t().contiguous().unbind()
+        grouping = _Grouping(block_tokens, window, device, paged)
         return cls(
             tokens,
             positions,
-            slots.contiguous(),
+            slots,
             torch.tensor(sampled, dtype=torch.long, device=device),
-            tuple(_attention_group(group, block_tokens, window, device) for group in _grouped(pieces, block_tokens)),
+            tuple(grouping.groups(pieces)),
+            grouping.decode(pieces) if paged else None,
         )
 
 
@@ -92,32 +116,64 @@ class _Piece:
             yield _Piece(self.row + offset, self.start + offset, min(most, self.tokens - offset), self.blocks)
 
 
-def _grouped(pieces: Sequence[_Piece], block_tokens: int) -> Iterator[list[_Piece]]:
-    """Decode rows by context bucket, prefill chunks one by one."""
-    decodes = sorted((piece for piece in pieces if piece.tokens == 1), key=lambda piece: piece.bucket)
-    for _, group in groupby(decodes, key=lambda piece: piece.bucket):
-        yield list(group)
-    for piece in pieces:
-        if piece.tokens > 1:
-            yield from ([part] for part in piece.split(block_tokens))
+@dataclass(frozen=True, slots=True)
+class _Grouping:
+    """How the pieces of a step attend."""
+
+    block_tokens: int
+    window: int | None
+    device: torch.device
+    paged: bool
+
+    def decode(self, pieces: Sequence[_Piece]) -> DecodeRows | None:
+        """The pieces of one row."""
+        alone = [piece for piece in pieces if piece.tokens == 1]
+        if not alone:
+            return None
+        tables = np.zeros((len(alone), max(len(piece.blocks) for piece in alone)), np.int32)
+        for row, piece in enumerate(alone):
+            tables[row, : len(piece.blocks)] = piece.blocks
+        lengths = np.array([piece.start + 1 for piece in alone], np.int32)
+        rows = None
+        if len(alone) < len(pieces):
+            rows = torch.tensor([piece.row for piece in alone], device=self.device)
+        return DecodeRows(rows, torch.from_numpy(tables).to(self.device), torch.from_numpy(lengths).to(self.device))
+
+    def groups(self, pieces: Sequence[_Piece]) -> Iterator[AttentionGroup]:
+        """Single rows by context bucket (unless paged), prefill chunks one by one."""
+        decodes = sorted((piece for piece in pieces if piece.tokens == 1), key=lambda piece: piece.bucket)
+        for _, group in groupby([] if self.paged else decodes, key=lambda piece: piece.bucket):
+            yield self._masked(list(group))
+        for piece in pieces:
+            if piece.tokens > 1 and self._unmasked(piece):
+                yield self._group([piece], None)
+            elif piece.tokens > 1:
+                yield from (self._masked([part]) for part in piece.split(self.block_tokens))
+
+    def _unmasked(self, piece: _Piece) -> bool:
+        return self.paged and (self.window is None or piece.start + piece.tokens <= self.window)
+
+    def _masked(self, pieces: list[_Piece]) -> AttentionGroup:
+        starts = torch.tensor([piece.start for piece in pieces], device=self.device)
+        position = (starts[:, None] + torch.arange(pieces[0].tokens, device=self.device))[:, :, None]
+        context = torch.arange(_table(pieces) * self.block_tokens, device=self.device)
+        visible = context <= position
+        if self.window is not None:
+            visible &= context > position - self.window
+        return self._group(pieces, visible)
+
+    def _group(self, pieces: list[_Piece], visible: Tensor | None) -> AttentionGroup:
+        count, table = pieces[0].tokens, _table(pieces)
+        rows = [row for piece in pieces for row in range(piece.row, piece.row + count)]
+        blocks = [piece.blocks + [0] * (table - len(piece.blocks)) for piece in pieces]
+        return AttentionGroup(
+            rows=torch.tensor(rows, device=self.device),
+            tokens=count,
+            blocks=torch.tensor(blocks, device=self.device),
+            context=max(piece.start for piece in pieces) + count,
+            visible=visible,
+        )
 
 
-def _attention_group(
-    pieces: Sequence[_Piece], block_tokens: int, window: int | None, device: torch.device
-) -> AttentionGroup:
-    count = pieces[0].tokens
-    table = max(len(piece.blocks) for piece in pieces)
-    rows = [row for piece in pieces for row in range(piece.row, piece.row + count)]
-    blocks = [piece.blocks + [0] * (table - len(piece.blocks)) for piece in pieces]
-    starts = torch.tensor([piece.start for piece in pieces], device=device)
-    position = (starts[:, None] + torch.arange(count, device=device))[:, :, None]
-    context = torch.arange(table * block_tokens, device=device)
-    visible = context <= position
-    if window is not None:
-        visible &= context > position - window
-    return AttentionGroup(
-        rows=torch.tensor(rows, device=device),
-        tokens=count,
-        blocks=torch.tensor(blocks, device=device),
-        visible=visible,
-    )
+def _table(pieces: Sequence[_Piece]) -> int:
+    return max(len(piece.blocks) for piece in pieces)

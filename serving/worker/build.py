@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data.errors import InvalidInput
 from data.layout import ParallelConfig
 from data.layout import Position as Coordinates
 from data.models import ModelSpec, kv_head_range
 from planning.resharding import Box
-from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.free import FreeModel
+from serving.engine.graphs import graph_sizes
 from serving.engine.kv_cache import KvCache
 from serving.engine.model import ShardModel
 from serving.engine.place import Place
-from serving.engine.sampler import sample
 from serving.messages import Role
 from serving.settings import EngineSettings
 from serving.worker.groups import Group, Waiting
@@ -104,9 +102,14 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
     comm = build.group(f"r{role.replica}s{stage}", peers, own, waiting=group.waiting, first=first)
     # What is resident may be more than this position needs.
     weights = {part.name: tensors[part.name].view(Box(part.name, *box)) for part, *box in place.boxes(spec)}
-    model = ShardModel(spec, place, weights, numerics=numerics_of(build.engine), comm=comm, cache=cache)
-    return Position(role, model, cache, group, _draw)
-
-
-def _draw(logits: Tensor | None, plan: StepPlan) -> list[SampledToken]:
-    return [] if logits is None else sample(logits, plan)
+    model = ShardModel(
+        spec,
+        place,
+        weights,
+        numerics=numerics_of(build.engine),
+        comm=comm,
+        cache=cache,
+        timeout_s=build.timeout_s,
+    )
+    model.warm(graph_sizes(role.max_batch))
+    return Position(role, model, cache, group, model.draw)

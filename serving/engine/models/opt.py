@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from serving.engine.kv_cache import KvCache
-from serving.engine.layers import Attention, Parts, VocabEmbedding, VocabHead
+from serving.engine.layers import Attention, Parts, VocabEmbedding, VocabHead, make_attention
 from serving.engine.step import StepTensors
 
 _POSITION_OFFSET = 2  # the first two rows of the published table are padding
@@ -24,7 +24,7 @@ class OptDecoder:
         if place.last:
             self._norm = _LayerNorm(parts, "model.decoder.final_layer_norm")
             self._head = VocabHead(parts, table if spec.tied_embeddings else "lm_head.weight")
-        attention = Attention(parts, cache)
+        attention = make_attention(parts, cache)
         self._layers = [_OptLayer(parts, attention, layer) for layer in range(*place.layers)]
 
     def embed(self, step: StepTensors) -> Tensor:
@@ -66,5 +66,5 @@ class _OptLayer:
         heads, kv_heads = self._attention.heads, self._attention.kv_heads
         projected = self._qkv(self._attention_norm(hidden)).unflatten(-1, (heads + 2 * kv_heads, self._head_dim))
         q, k, v = projected.split((heads, kv_heads, kv_heads), 1)
-        hidden = hidden + self._out(self._attention(self._layer, q, k, v, step))
+        hidden = hidden + self._out(self._attention(self._layer, q, k, v, None, step))
         return hidden + self._down(self._up(self._mlp_norm(hidden)).relu())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.models import ModelSpec, RopeScaling
 from serving.engine.kv_cache import KvCache
-from serving.engine.layers import Attention, Parts, VocabEmbedding, VocabHead
+from serving.engine.layers import Attention, Parts, Turn, VocabEmbedding, VocabHead, make_attention
 from serving.engine.step import StepTensors
 
 
@@ -26,7 +26,7 @@ class RotaryDecoder:
             self._norm = parts.vector("model.norm.weight")
             self._head = VocabHead(parts, table if spec.tied_embeddings else "lm_head.weight")
         self._rotations = rotations(spec, cache.device, parts.numerics.dtype)
-        attention = Attention(parts, cache)
+        attention = make_attention(parts, cache)
         self._layers = [_RotaryLayer(parts, attention, layer) for layer in range(*place.layers)]
 
     def embed(self, step: StepTensors) -> Tensor:
@@ -36,9 +36,10 @@ class RotaryDecoder:
     def run_layers(self, hidden: Tensor, step: StepTensors) -> Tensor:
         """See `Decoder.run_layers`."""
         cos, sin = (table.index_select(0, step.positions)[:, None] for table in self._rotations)
+        delta: Tensor | None = None
         for layer in self._layers:
-            hidden = layer(hidden, cos, sin, step)
-        return hidden
+            hidden, delta = layer(hidden, delta, (cos, sin), step)
+        return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """See `Decoder.logits`."""
@@ -59,29 +60,24 @@ class _RotaryLayer:
         norms = "qk" if spec.qk_norm else ""
         self._qk_norm = [parts.vector(f"{prefix}.self_attn.{name}_norm.weight") for name in norms]
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, step: StepTensors) -> Tensor:
-        normed = self._numerics.rms_norm(hidden, self._input_norm, self._eps)
-        hidden = hidden + self._out(self._attend(normed, cos, sin, step))
-        normed = self._numerics.rms_norm(hidden, self._post_norm, self._eps)
+    def __call__(self, hidden: Tensor, delta: Tensor | None, turn: Turn, step: StepTensors) -> tuple[Tensor, Tensor]:
+        """Takes and returns activations as (hidden, what is still to be added to it): the next norm adds it."""
+        if delta is None:
+            normed = self._numerics.rms_norm(hidden, self._input_norm, self._eps)
+        else:
+            hidden, normed = self._numerics.add_rms_norm(hidden, delta, self._input_norm, self._eps)
+        delta = self._out(self._attend(normed, turn, step))
+        hidden, normed = self._numerics.add_rms_norm(hidden, delta, self._post_norm, self._eps)
         gate, up = self._gate_up(normed).chunk(2, -1)
-        return hidden + self._down(self._numerics.gate(gate, up))
+        return hidden, self._down(self._numerics.gate(gate, up))
 
-    def _attend(self, normed: Tensor, cos: Tensor, sin: Tensor, step: StepTensors) -> Tensor:
+    def _attend(self, normed: Tensor, turn: Turn, step: StepTensors) -> Tensor:
         heads, kv_heads = self._attention.heads, self._attention.kv_heads
         projected = self._qkv(normed).unflatten(-1, (heads + 2 * kv_heads, self._head_dim))
         q, k, v = projected.split((heads, kv_heads, kv_heads), 1)
         if self._qk_norm:
             q, k = (self._numerics.rms_norm(x, w, self._eps) for x, w in zip((q, k), self._qk_norm, strict=True))
-        return self._attention(self._layer, rotate(q, cos, sin), rotate(k, cos, sin), v, step)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split convention: pairs are (i, i + head_dim / 2).
-
-    x `[n, heads, head_dim]`, cos and sin `[n, 1, head_dim / 2]`.
-    """
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return self._attention(self._layer, q, k, v, turn, step)
 
 
 def rotations(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,169 @@
+"""Decode steps recorded once per batch size and replayed: a launch per step instead of one per kernel.
+
+A recording reads static buffers: ids, positions, slots, lengths, block tables and, after the first
+stage, activations. A smaller batch is padded with rows that write to the cache's block of nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serving.engine.batch import StepPlan
+from serving.engine.kv_cache import KvCache
+from serving.engine.step import DecodeRows, StepTensors
+
+Compute = Callable[[StepTensors, Tensor | None], Tensor | None]
+"""A step of one place: its tensors and the activations before it → activations or logits."""
+
+Replay = Callable[[], None]
+
+
+def graph_sizes(max_batch: int) -> tuple[int, ...]:
+    """Batch sizes worth recording: padding never doubles a small batch nor adds more than 32 rows to a large one."""
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, *range(96, max_batch, 32)]
+    return (*(size for size in sizes if size < max_batch), max_batch)
+
+
+class DecodeGraphs:
+    """The recordings of one place. `record` turns a computation into its replay and its static output.
+
+    `width` is that of activations handed to `compute`, None for a first stage; `most_blocks` that of the
+    longest block table.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        cache: KvCache,
+        *,
+        width: int | None,
+        most_blocks: int,
+        record: Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]] | None = None,
+    ) -> None:
+        self._compute, self._cache, self._width, self._most_blocks = compute, cache, width, most_blocks
+        self._record = record or GraphRecorder(cache.device).record
+        self._steps: dict[int, _RecordedStep] = {}
+
+    def capture(self, sizes: Sequence[int]) -> dict[int, float]:
+        """Record `sizes` that are not yet; collective over the shards. Milliseconds each took.
+
+        Touches nobody's KV. The largest comes first, so that the others fit in its memory.
+        """
+        taken_ms = {}
+        for size in sorted(set(sizes) - self._steps.keys(), reverse=True):
+            begun = time.perf_counter()
+            step = _StepBuffers(size, self._most_blocks, self._cache)
+            hidden = None
+            if self._width is not None:
+                hidden = torch.zeros((size, self._width), dtype=self._cache.dtype, device=self._cache.device)
+            self._steps[size] = _RecordedStep(step, hidden, *self._record(self._computation(step.tensors, hidden)))
+            taken_ms[size] = (time.perf_counter() - begun) * 1e3
+        return taken_ms
+
+    def step_for(self, plan: StepPlan) -> _RecordedStep | None:
+        """The smallest recording that holds a plan; None if the plan is not one of decode rows alone, or too large."""
+        rows = len(plan.sequences)
+        if any(len(sequence.tokens) != 1 or sequence.sampling is None for sequence in plan.sequences):
+            return None
+        size = min((size for size in self._steps if size >= rows), default=None)
+        return None if size is None else self._steps[size]
+
+    def _computation(self, step: StepTensors, hidden: Tensor | None) -> Callable[[], Tensor | None]:
+        return lambda: self._compute(step, hidden)
+
+
+class GraphRecorder:
+    """Records CUDA graphs on a stream of its own; they share one memory pool and are replayed one at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, compute: Callable[[], Tensor | None]) -> tuple[Replay, Tensor | None]:
+        """Run `compute` once, which compiles kernels and connects groups, then record it.
+
+        Other threads may go on using the device: only this one's calls are watched. `torch.cuda.graph`
+        would collect garbage and empty the allocator's cache first, which they would feel.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            compute()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = compute()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what broke the capture is the error to report
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return graph.replay, output
+
+
+class _RecordedStep:
+    def __init__(self, step: _StepBuffers, hidden: Tensor | None, replay: Replay, output: Tensor | None) -> None:
+        self._step, self._hidden, self._replay, self._output = step, hidden, replay, output
+
+    def run(self, plan: StepPlan, hidden: Tensor | None) -> Tensor | None:
+        """The output's rows of the plan; valid until the next step of this place."""
+        rows = len(plan.sequences)
+        self._step.fill(plan)
+        if self._hidden is not None and hidden is not None:
+            self._hidden[:rows].copy_(hidden)
+        self._replay()
+        return None if self._output is None else self._output[:rows]
+
+
+class _StepBuffers:
+    """Static tensors of a step of `size` rows, filled from one host array in one copy."""
+
+    def __init__(self, size: int, most_blocks: int, cache: KvCache) -> None:
+        self._block_tokens = cache.block_tokens
+        self._padding = (0, 0, cache.blocks * cache.block_tokens, 1)  # id, position, slot, length
+        self._host = np.zeros(size * (4 + most_blocks), np.int32)
+        self._device = torch.zeros(self._host.shape, dtype=torch.int32, device=cache.device)
+        cut = 4 * size
+        self._columns = self._host[:cut].reshape(4, size)
+        self._columns[:] = np.array(self._padding)[:, None]
+        self._tables = self._host[cut:].reshape(size, most_blocks)
+        self._tables[:] = cache.blocks
+        self._known: list[list[int]] = [[cache.blocks]] * size
+        tokens, positions, slots, lengths = self._device[:cut].view(4, size).unbind()
+        tables = self._device[cut:].view(size, most_blocks)
+        every = torch.arange(size, device=cache.device)
+        self.tensors = StepTensors(tokens, positions, slots, every, (), DecodeRows(None, tables, lengths))
+        self._upload()
+
+    def fill(self, plan: StepPlan) -> None:
+        """Put a plan of at most `size` decode rows in; the rest become padding."""
+        for row, sequence in enumerate(plan.sequences):
+            if sequence.blocks != self._known[row]:
+                self._know(row, sequence.blocks)
+        rows = [self._row(*(one.tokens[0], one.start, one.blocks)) for one in plan.sequences]
+        self._columns[:, len(rows) :] = np.array(self._padding)[:, None]
+        self._columns[:, : len(rows)] = np.array(rows).T
+        for row in range(len(rows), len(self._known)):
+            self._tables[row, 0] = self._padding[2] // self._block_tokens
+            self._known[row] = []
+        self._upload()
+
+    def _row(self, token: int, position: int, blocks: list[int]) -> tuple[int, int, int, int]:
+        block, offset = divmod(position, self._block_tokens)
+        return token, position, blocks[block] * self._block_tokens + offset, position + 1
+
+    def _know(self, row: int, blocks: list[int]) -> None:
+        """Most tables are those of the step before; writing one takes longer than comparing it."""
+        self._tables[row, : len(blocks)] = blocks
+        self._known[row] = list(blocks)
+
+    def _upload(self) -> None:
+        host = torch.from_numpy(self._host)
+        # Pinned anew for every step: the copy of the step before may not have happened yet.
+        self._device.copy_(host.pin_memory() if self._device.is_cuda else host, non_blocking=True)
