@@ -51,6 +51,8 @@ class Replication(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
     lag_steps: int = 0
     frame_bytes: int = 16 << 20  # most that is copied at once
+    link_bytes_per_s: float = 10e9  # what decides whether KV is restored or computed again
+    prefill_tokens_per_s: float = 20e3
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):

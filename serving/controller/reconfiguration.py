@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from data.layout import Device
 from data.models import ModelSpec
 from planning.resharding import Box
-from planning.restoration import restorable_tokens
+from planning.restoration import Rates, restorable_tokens, worth_restoring
 from planning.transition import Transition, retained
 from serving import messages as m
 from serving.controller.dispatch import Replica
@@ -226,12 +226,19 @@ class Reconfiguration:
         for stranded in self.stranded:
             for key, record in list(stranded.records.items()):
                 tokens = self._watermark(record, found.get(key, []))
-                if tokens and (self.new or self.kept):
+                if tokens and (self.new or self.kept) and self._worth_restoring(tokens):
                     self._sources[key], self._restorable[key] = tuple(found[key]), tokens
                     self._records[key] = record
                 else:
                     lost.append(stranded.records.pop(key))
         self.unrestorable(lost)
+
+    def _worth_restoring(self, tokens: int) -> bool:
+        replication, spec = self.settings.replication, self.spec
+        rates = Rates(replication.link_bytes_per_s, replication.prefill_tokens_per_s)
+        return worth_restoring(
+            tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes, tokens, rates
+        )
 
     def _watermark(self, record: Record, sources: Sequence[Source]) -> int:
         """How many tokens can be restored: never the last known one, whose logits are needed."""

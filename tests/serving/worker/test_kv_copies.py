@@ -1,0 +1,119 @@
+"""Streams of KV to a real keeper, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from serving.engine.batch import SequenceStep, StepPlan
+from serving.engine.kv_cache import KvCache
+from serving.engine.kv_index import Cached, KvIndex
+from serving.errors import TransportError
+from serving.requests import Sampling
+from serving.worker import kv_wire as wire
+from serving.worker.keeper import Keeper, KvLog
+from serving.worker.kv_stream import KvStream, next_spans
+
+BLOCKS, BLOCK_TOKENS = 12, 4
+
+
+@pytest.fixture
+def keeper() -> Iterator[Keeper]:
+    keeper = Keeper("127.0.0.1", "secret")
+    yield keeper
+    keeper.close()
+
+
+def cache() -> KvCache:
+    made = KvCache((2, 4), (1, 3), 8, BLOCKS, BLOCK_TOKENS, torch.float32, "cpu")
+    source = torch.Generator().manual_seed(7)
+    slots = torch.arange(BLOCKS * BLOCK_TOKENS)
+    made.scatter(slots, (2, 4), (1, 3), torch.randn(2, 2, len(slots), 2, 8, generator=source))
+    return made
+
+
+def plan(step: int, *sequences: tuple[int, int, int, list[int]], ended: tuple[int, ...] = ()) -> StepPlan:
+    steps = [SequenceStep(key, start, [1] * count, blocks, Sampling(), 0) for key, start, count, blocks in sequences]
+    return StepPlan(step, steps, list(ended))
+
+
+async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 - other threads have no events for this loop
+            await asyncio.sleep(0.005)
+
+
+def kept(keeper: Keeper) -> dict[int, int]:
+    return {one.key: one.tokens for one in keeper.holdings([5])}
+
+
+async def test_a_copy_follows_the_cache_and_forgets_who_ended(keeper: Keeper) -> None:
+    source, index = cache(), KvIndex()
+    stream = KvStream(keeper.address, "secret", 5, source, index, frame_bytes=400)
+    stream.start()
+    index.adopt(1, 9, [3, 7, 1])
+    await until(lambda: kept(keeper) == {1: 9})
+    index.begin(plan(1, (1, 9, 1, [3, 7, 1]), (2, 0, 6, [0, 2])))
+    index.finish(plan(1, (1, 9, 1, [3, 7, 1]), (2, 0, 6, [0, 2])))
+    await until(lambda: kept(keeper) == {1: 10})  # a chunk counts when the next plan builds on it
+    index.begin(plan(2, (1, 10, 1, [3, 7, 1]), (2, 6, 1, [0, 2])))
+    index.finish(plan(2, (1, 10, 1, [3, 7, 1]), (2, 6, 1, [0, 2])))
+    await until(lambda: kept(keeper) == {1: 11, 2: 7})
+    for one in keeper.holdings([5]):
+        copy = keeper.cache(5, (3, 4), (2, 3))
+        table = {1: [3, 7, 1], 2: [0, 2]}[one.key]
+        found = copy.extract(one.blocks, one.tokens, (2, 4), (1, 3))
+        assert torch.equal(found, source.extract(table, one.tokens, (2, 4), (1, 3)))
+    index.begin(plan(3, (2, 7, 1, [0, 2]), ended=(1,)))
+    await until(lambda: kept(keeper) == {2: 7})
+    stream.stop()
+    keeper.drop_others([])
+    assert not keeper.holdings([5])
+
+
+async def test_a_step_waits_for_its_copy_but_not_for_a_keeper_that_is_gone(keeper: Keeper) -> None:
+    source, index = cache(), KvIndex()
+    stream = KvStream(keeper.address, "secret", 5, source, index, frame_bytes=1 << 20)
+    stream.start()
+    index.adopt(1, 9, [3, 7, 1])
+    await until(lambda: kept(keeper) == {1: 9})
+    stream.hold(plan(1, (1, 9, 1, [3, 7, 1])), 0)
+    assert stream._kept[1] == 9
+    stream.stop()
+    began = asyncio.get_running_loop().time()
+    stream.hold(plan(2, (1, 40, 1, [3, 7, 1])), 0)
+    assert asyncio.get_running_loop().time() - began < 0.2
+
+
+def test_who_does_not_know_the_token_is_told_so(keeper: Keeper) -> None:
+    host, _, port = keeper.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5.0) as connection:
+        wire.send(connection, wire.Greeting("wrong", 5, (0, 1), (0, 1), 8, 4, 4, "float32"))
+        answer, _ = wire.receive(connection, wire.Answer, most_bytes=0)
+    assert answer.refusal == "wrong join token"
+    assert not keeper.holdings([5])
+
+
+def test_damage_and_gaps_are_refused() -> None:
+    log = KvLog(wire.Greeting("", 5, (0, 1), (0, 1), 2, 2, 4, "float32"))
+    body = torch.arange(2 * 3 * 2, dtype=torch.float32).view(torch.uint8)
+    log.append(wire.Frame(1, [(1, 0, 3)], [], wire.checksum(body)), body)
+    for frame in (
+        wire.Frame(2, [(1, 3, 6)], [], wire.checksum(body) ^ 1),
+        wire.Frame(2, [(1, 4, 7)], [], wire.checksum(body)),
+        wire.Frame(2, [(2, 1, 4)], [], wire.checksum(body)),
+    ):
+        with pytest.raises(TransportError):
+            log.append(frame, body)
+    assert [(one.key, one.tokens) for one in log.holdings()] == [(1, 3)]
+
+
+def test_short_tails_go_first_and_a_new_life_starts_over() -> None:
+    cached = {1: Cached(100, (), 1), 2: Cached(8, (), 2), 3: Cached(5, (), 9)}
+    sent = {1: Cached(40, (), 1), 2: Cached(7, (), 2), 3: Cached(5, (), 3)}
+    spans = next_spans(cached, sent, 16)
+    assert [(span.key, span.start, span.stop) for span in spans] == [(2, 7, 8), (3, 0, 5), (1, 40, 50)]
