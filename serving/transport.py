@@ -85,7 +85,11 @@ class Connection(Generic[Incoming]):
                 body = await self._read_frame(most_bytes or self._frame_bytes)
             return self._decoder.decode(body)
         except TimeoutError as error:
-            raise TransportError(f"nothing was heard for {self._silence_s:g} s") from error
+            raise TransportError(
+                "the connection was closed"
+                if self._silence_s is None
+                else f"nothing was heard for {self._silence_s:g} s"
+            ) from error
         except (asyncio.IncompleteReadError, OSError) as error:
             raise TransportError("the connection was closed") from error
         except (msgspec.MsgspecError, RecursionError) as error:
