@@ -8,7 +8,6 @@ Import only where Triton is: on CUDA, or on a CPU under its interpreter (`TRITON
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -87,7 +86,7 @@ def _but(sizes: dict[str, int], name: str) -> dict[str, int]:
 
 
 @triton.jit
-def _span(length: Any, TILE: tl.constexpr, SPANS: tl.constexpr, WINDOW: tl.constexpr) -> Any:
+def _span(length: tl.tensor, TILE: tl.constexpr, SPANS: tl.constexpr, WINDOW: tl.constexpr) -> tl.tuple:
     """First tile of a context and tiles per span."""
     first = 0
     if WINDOW > 0:
@@ -98,17 +97,17 @@ def _span(length: Any, TILE: tl.constexpr, SPANS: tl.constexpr, WINDOW: tl.const
 
 @triton.jit
 def _attend_to_span(
-    q: Any,
-    keys: Any,
-    values: Any,
-    tables: Any,
-    lengths: Any,
-    served: Any,
-    partial: Any,
-    scales: Any,
-    q_stride: Any,
-    table_stride: Any,
-    scale: Any,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    tables: tl.tensor,
+    lengths: tl.tensor,
+    served: tl.tensor,
+    partial: tl.tensor,
+    scales: tl.tensor,
+    q_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -166,10 +165,10 @@ def _attend_to_span(
 
 @triton.jit
 def _combine_spans(
-    partial: Any,
-    scales: Any,
-    lengths: Any,
-    out: Any,
+    partial: tl.tensor,
+    scales: tl.tensor,
+    lengths: tl.tensor,
+    out: tl.tensor,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
