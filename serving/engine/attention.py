@@ -8,7 +8,6 @@ Import only where Triton is: on CUDA, or on a CPU under its interpreter (`TRITON
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -16,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 _LEAST_ROWS = 16  # of a matrix product on the device
-_PROGRAMS = 1024  # that keep every multiprocessor of a large device busy until the end
+_PROGRAMS = 512  # that keep every multiprocessor of a large device busy until the end
 _MOST_SPANS = 64
+_SPAN_COUNTS = (4, 16, _MOST_SPANS)  # each is compiled on its own, so there are few
 _TILE_BYTES = 16384  # of keys in flight per pipeline stage
 _WARPS = 4
 _STAGES = 3
@@ -50,8 +50,7 @@ def paged_attention(
         partial = torch.empty((rows, heads, spans, head_dim), dtype=torch.float32, device=q.device)
         scales = torch.empty((rows, heads, spans), dtype=torch.float32, device=q.device)
     tile = max(16, min(128, triton.next_power_of_2(_TILE_BYTES // (padded * q.element_size()))))
-    sizes = {"BLOCK_TOKENS": block_tokens, "HEAD_DIM": head_dim, "PADDED": padded, "TILE": tile}
-    sizes |= {"SPANS": spans, "WINDOW": window or 0}
+    sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "PADDED": padded, "TILE": tile, "WINDOW": window or 0}
     group = max(_LEAST_ROWS, triton.next_power_of_2(most_served))
     _attend_to_span[(rows, kv_heads, spans)](
         q,
@@ -64,16 +63,19 @@ def paged_attention(
         scales,
         q.stride(0),
         tables.stride(0),
+        spans,
         math.log2(math.e) / math.sqrt(head_dim),
-        HEADS=heads,
         KV_HEADS=kv_heads,
         GROUP=group,
+        BLOCK_TOKENS=block_tokens,
+        SPLIT=spans > 1,
         **sizes,
         num_warps=_WARPS,
         num_stages=_STAGES,
     )
     if spans > 1:
-        _combine_spans[(rows, heads)](partial, scales, lengths, out, HEADS=heads, **_but(sizes, "BLOCK_TOKENS"))
+        count = next(count for count in _SPAN_COUNTS if spans <= count)
+        _combine_spans[(rows, heads)](partial, scales, lengths, out, spans, COUNT=count, **sizes)
     return out
 
 
@@ -82,33 +84,30 @@ def spans_for(programs: int) -> int:
     return min(_MOST_SPANS, max(1, triton.next_power_of_2(-(-_PROGRAMS // programs))))
 
 
-def _but(sizes: dict[str, int], name: str) -> dict[str, int]:
-    return {key: value for key, value in sizes.items() if key != name}
-
-
 @triton.jit
-def _span(length: Any, TILE: tl.constexpr, SPANS: tl.constexpr, WINDOW: tl.constexpr) -> Any:
+def _span(length: tl.tensor, spans: tl.tensor, TILE: tl.constexpr, WINDOW: tl.constexpr) -> tl.tuple:
     """First tile of a context and tiles per span."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // TILE
     tiles = (length + TILE - 1) // TILE - first
-    return first, (tiles + SPANS - 1) // SPANS
+    return first, (tiles + spans - 1) // spans
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "spans"])
 def _attend_to_span(
-    q: Any,
-    keys: Any,
-    values: Any,
-    tables: Any,
-    lengths: Any,
-    served: Any,
-    partial: Any,
-    scales: Any,
-    q_stride: Any,
-    table_stride: Any,
-    scale: Any,
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    tables: tl.tensor,
+    lengths: tl.tensor,
+    served: tl.tensor,
+    partial: tl.tensor,
+    scales: tl.tensor,
+    q_stride: tl.tensor,
+    table_stride: tl.tensor,
+    spans: tl.tensor,
+    scale: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -116,14 +115,14 @@ def _attend_to_span(
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
-    SPANS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     span = tl.program_id(2)
     length = tl.load(lengths + row)
-    first, per_span = _span(length, TILE, SPANS, WINDOW)
+    first, per_span = _span(length, spans, TILE, WINDOW)
     start = (first + span * per_span) * TILE
     stop = tl.minimum(start + per_span * TILE, length)
     if start < stop:
@@ -157,38 +156,39 @@ def _attend_to_span(
             total = total * shrink + tl.sum(weight, 1)
             highest = higher
         mixed = mixed / total[:, None]
-        place = (row * HEADS + head) * SPANS + span
+        place = (row * HEADS + head) * spans + span
         target = partial + place[:, None] * HEAD_DIM + dim[None, :]
         tl.store(target, mixed.to(partial.dtype.element_ty), mask=shown)
-        if SPANS > 1:
+        if SPLIT:
             tl.store(scales + place, highest + tl.log2(total), mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def _combine_spans(
-    partial: Any,
-    scales: Any,
-    lengths: Any,
-    out: Any,
+    partial: tl.tensor,
+    scales: tl.tensor,
+    lengths: tl.tensor,
+    out: tl.tensor,
+    spans: tl.tensor,
+    COUNT: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
-    SPANS: tl.constexpr,
     WINDOW: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     place = row * HEADS + tl.program_id(1)
     length = tl.load(lengths + row)
-    first, per_span = _span(length, TILE, SPANS, WINDOW)
-    span = tl.arange(0, SPANS)
-    is_span = (first + span * per_span) * TILE < length  # others were left unwritten
-    scale = tl.load(scales + place * SPANS + span, mask=is_span, other=float("-inf"))
+    first, per_span = _span(length, spans, TILE, WINDOW)
+    span = tl.arange(0, COUNT)
+    is_span = (span < spans) & ((first + span * per_span) * TILE < length)  # others were left unwritten
+    scale = tl.load(scales + place * spans + span, mask=is_span, other=float("-inf"))
     weight = tl.exp2(scale - tl.max(scale, 0))
     weight = weight / tl.sum(weight, 0)
     dim = tl.arange(0, PADDED)
     is_dim = dim < HEAD_DIM
     inside = is_span[:, None] & is_dim[None, :]
-    part = tl.load(partial + (place * SPANS + span[:, None]) * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+    part = tl.load(partial + (place * spans + span[:, None]) * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
     mixed = tl.sum(part * weight[:, None], 0)
     tl.store(out + place * HEAD_DIM + dim, mixed.to(out.dtype.element_ty), mask=is_dim)

@@ -5,8 +5,6 @@ Import only where Triton is: on CUDA, or on a CPU under its interpreter (`TRITON
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -78,12 +76,12 @@ def cache_rows(
 
 @triton.jit
 def _add_rms_norm(
-    hidden: Any,
-    delta: Any,
-    weight: Any,
-    total: Any,
-    normed: Any,
-    eps: Any,
+    hidden: tl.tensor,
+    delta: tl.tensor,
+    weight: tl.tensor,
+    total: tl.tensor,
+    normed: tl.tensor,
+    eps: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -102,7 +100,13 @@ def _add_rms_norm(
 
 @triton.jit
 def _gated(
-    gate: Any, up: Any, out: Any, gate_stride: Any, up_stride: Any, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    gate: tl.tensor,
+    up: tl.tensor,
+    out: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -114,18 +118,18 @@ def _gated(
 
 @triton.jit
 def _cache_rows(
-    q: Any,
-    k: Any,
-    v: Any,
-    cos: Any,
-    sin: Any,
-    slots: Any,
-    out: Any,
-    keys: Any,
-    values: Any,
-    q_stride: Any,
-    k_stride: Any,
-    v_stride: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
+    out: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    q_stride: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

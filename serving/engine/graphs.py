@@ -23,6 +23,8 @@ Compute = Callable[[StepTensors, Tensor | None], Tensor | None]
 
 Replay = Callable[[], None]
 
+_ALIGNED = 4  # ids that start on 16 bytes: other addresses would be compiled for once more
+
 
 def graph_sizes(max_batch: int) -> tuple[int, ...]:
     """Batch sizes worth recording: padding never doubles a small batch nor adds more than 32 rows to a large one."""
@@ -127,15 +129,16 @@ class _StepBuffers:
     def __init__(self, size: int, most_blocks: int, cache: KvCache) -> None:
         self._block_tokens = cache.block_tokens
         self._padding = (0, 0, cache.blocks * cache.block_tokens, 1)  # id, position, slot, length
-        self._host = np.zeros(size * (4 + most_blocks), np.int32)
+        width = -(-size // _ALIGNED) * _ALIGNED
+        self._host = np.zeros(4 * width + size * most_blocks, np.int32)
         self._device = torch.zeros(self._host.shape, dtype=torch.int32, device=cache.device)
-        cut = 4 * size
-        self._columns = self._host[:cut].reshape(4, size)
+        cut = 4 * width
+        self._columns = self._host[:cut].reshape(4, width)[:, :size]
         self._columns[:] = np.array(self._padding)[:, None]
         self._tables = self._host[cut:].reshape(size, most_blocks)
         self._tables[:] = cache.blocks
         self._known: list[list[int]] = [[cache.blocks]] * size
-        tokens, positions, slots, lengths = self._device[:cut].view(4, size).unbind()
+        tokens, positions, slots, lengths = self._device[:cut].view(4, width)[:, :size].unbind()
         tables = self._device[cut:].view(size, most_blocks)
         every = torch.arange(size, device=cache.device)
         self.tensors = StepTensors(tokens, positions, slots, every, (), DecodeRows(None, tables, lengths))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.engine.batch import SequenceStep, StepPlan
@@ -77,13 +79,14 @@ class StepTensors:
                 rows.append((token, position, sequence.blocks[block] * block_tokens + offset))
             if sequence.sampling is not None:
                 sampled.append(len(rows) - 1)
-        tokens, positions, slots = torch.tensor(rows, dtype=torch.long, device=device).t().contiguous().unbind()
+        kind = np.int32 if paged else np.int64  # what recorded steps have: kernels are compiled once
+        tokens, positions, slots = (on_device(np.array(column, kind), device) for column in zip(*rows, strict=True))
         grouping = _Grouping(block_tokens, window, device, paged)
         return cls(
             tokens,
             positions,
             slots,
-            torch.tensor(sampled, dtype=torch.long, device=device),
+            on_device(np.array(sampled, np.int64), device),
             tuple(grouping.groups(pieces)),
             grouping.decode(pieces) if paged else None,
         )
@@ -136,8 +139,8 @@ class _Grouping:
         lengths = np.array([piece.start + 1 for piece in alone], np.int32)
         rows = None
         if len(alone) < len(pieces):
-            rows = torch.tensor([piece.row for piece in alone], device=self.device)
-        return DecodeRows(rows, torch.from_numpy(tables).to(self.device), torch.from_numpy(lengths).to(self.device))
+            rows = on_device(np.array([piece.row for piece in alone]), self.device)
+        return DecodeRows(rows, on_device(tables, self.device), on_device(lengths, self.device))
 
     def groups(self, pieces: Sequence[_Piece]) -> Iterator[AttentionGroup]:
         """Single rows by context bucket (unless paged), prefill chunks one by one."""
@@ -154,7 +157,7 @@ class _Grouping:
         return self.paged and (self.window is None or piece.start + piece.tokens <= self.window)
 
     def _masked(self, pieces: list[_Piece]) -> AttentionGroup:
-        starts = torch.tensor([piece.start for piece in pieces], device=self.device)
+        starts = on_device(np.array([piece.start for piece in pieces]), self.device)
         position = (starts[:, None] + torch.arange(pieces[0].tokens, device=self.device))[:, :, None]
         context = torch.arange(_table(pieces) * self.block_tokens, device=self.device)
         visible = context <= position
@@ -167,9 +170,9 @@ class _Grouping:
         rows = [row for piece in pieces for row in range(piece.row, piece.row + count)]
         blocks = [piece.blocks + [0] * (table - len(piece.blocks)) for piece in pieces]
         return AttentionGroup(
-            rows=torch.tensor(rows, device=self.device),
+            rows=on_device(np.array(rows), self.device),
             tokens=count,
-            blocks=torch.tensor(blocks, device=self.device),
+            blocks=on_device(np.array(blocks), self.device),
             context=max(piece.start for piece in pieces) + count,
             visible=visible,
         )
@@ -177,3 +180,9 @@ class _Grouping:
 
 def _table(pieces: Sequence[_Piece]) -> int:
     return max(len(piece.blocks) for piece in pieces)
+
+
+def on_device(host: NDArray[np.signedinteger[Any]], device: torch.device) -> Tensor:
+    """A copy that keeps nobody waiting: a device that hangs must not stop whoever feeds it."""
+    tensor = torch.from_numpy(host)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
