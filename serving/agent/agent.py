@@ -185,5 +185,5 @@ def _environment() -> dict[str, str]:
     thread and large buffers in the arenas, glibc keeps more and more of what was freed.
     """
     quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    memory = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
+    memory = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     return {**quiet, **memory, **os.environ}
