@@ -1,4 +1,4 @@
 """Random disturbances of a real fleet, and every stream held against the undisturbed run.
 
-`python -m benchmarks.chaos --seeds 50 --out DIR`
+`python -m benchmarks.chaos --seeds 200 --hard --jobs 2 --out DIR`
 """

@@ -35,13 +35,13 @@ CAUSES: tuple[ActionKind, ...] = (
 )
 FOLLOW_UPS: tuple[ActionKind, ...] = (
     "kill_ends",
-    "kill_ends",
     "kill",
     "kill_two",
+    "kill_worker",
     "kill_neighbours",
     "kill_holder",
-    "kill_worker",
     "suspend_worker",
+    "kill",
     "suspend",
     "notice",
     "notice_early",
@@ -99,7 +99,7 @@ def hard_script(seed: int, *, pool: int) -> Script:
     devices = 2 if source.random() < 0.3 else 1
     choices = _DOUBLE if devices == 2 else _SINGLE
     most = max(choices)
-    instances = source.randint(2, most)
+    instances = source.randint(min(3, most - 1), most)
     return Script(
         seed=seed,
         instances=instances,
@@ -126,15 +126,16 @@ def _bursts(source: random.Random, seed: int, live: int, most: int) -> tuple[Dis
         result += strikes
         live = max(0, live - sum(_LOST.get(item.kind, 0) for item in strikes))
         live += sum(item.kind in ("add", "blackout") for item in strikes)
-        if live < 2 or (live < most and source.random() < 0.3):
-            count = source.randint(max(1, 2 - live), max(1, most - live))
+        if live < most - 1 or (live < most and source.random() < 0.3):
+            count = source.randint(max(1, most - 1 - live), max(1, most - live))
             result.append(Disturbance("add", after_s=_delay(source), count=count))
             live += count
     return tuple(result)
 
 
 def _delay(source: random.Random) -> float:
-    return round(source.uniform(0.05, 0.5), 3)
+    """Long enough, as a rule, for some tokens and their copies to be there."""
+    return round(source.uniform(0.1, 1.2), 3)
 
 
 def _strike(source: random.Random, kind: ActionKind, moment: Moment) -> Disturbance:

@@ -11,6 +11,7 @@ from perennial.comparison import Difference
 from serving.requests import Event
 
 MOST_REEXECUTED = 2  # tokens of a request whose copy survived
+COUNTS = ("moved", "restored", "replayed", "replayed_after_one_loss", "replayed_after_restart", "most_reexecuted")
 
 
 @dataclass(slots=True)
@@ -40,30 +41,45 @@ class Outcome:
 def recovered(events: Iterable[Event]) -> dict[str, int]:
     """How requests came through changes, over all layouts; fields that a controller does not tell count as 0.
 
-    `replayed` had no copy of their KV left (after a double failure, say), `replayed_after_restart` met a
-    new controller, and `most_reexecuted` is the most tokens generated again of a request with a copy.
+    `replayed` had no KV left, be it that its copy went in a double failure or that it had none yet;
+    `replayed_after_one_loss` is the part of it where no more than one instance was hit since the layout
+    before. `replayed_after_restart` met a new controller, and `most_reexecuted` is the most tokens generated
+    again of a request with a copy.
     """
-    counts = dict.fromkeys(("moved", "restored", "replayed", "replayed_after_restart", "most_reexecuted"), 0)
-    restarted, first = False, True
+    counts = dict.fromkeys(COUNTS, 0)
+    hit: set[str] = set()
+    controllers, restarted = 0, False
     for event in events:
-        if event.kind == "controller_started":
-            restarted, first = not first, False
-        elif event.kind == "layout":
-            data: Any = event.data
-            counts["moved"] += int(data.get("requests_moved", 0))
-            counts["restored"] += int(data.get("requests_restored", 0))
-            name = "replayed_after_restart" if restarted else "replayed"
-            counts[name] += int(data.get("requests_replayed", 0))
-            again = [int(tokens) for tokens in data.get("tokens_reexecuted", ())]
-            counts["most_reexecuted"] = max([counts["most_reexecuted"], *again])
-            restarted = False
+        data: Any = event.data
+        match event.kind:
+            case "controller_started":
+                controllers += 1
+                restarted = controllers > 1
+            case "instance_lost":
+                hit.add(str(data["instance"]))
+            case "worker_lost":
+                hit.add(str(data["device"]).rpartition("/")[0])
+            case "layout":
+                _count(counts, data, restarted=restarted, hit=len(hit))
+                restarted = False
+                hit.clear()
     return counts
+
+
+def _count(counts: dict[str, int], layout: Any, *, restarted: bool, hit: int) -> None:
+    counts["moved"] += int(layout.get("requests_moved", 0))
+    counts["restored"] += int(layout.get("requests_restored", 0))
+    replayed = int(layout.get("requests_replayed", 0))
+    counts["replayed_after_restart" if restarted else "replayed"] += replayed
+    counts["replayed_after_one_loss"] += 0 if restarted or hit > 1 else replayed
+    again = [int(tokens) for tokens in layout.get("tokens_reexecuted", ())]
+    counts["most_reexecuted"] = max([counts["most_reexecuted"], *again])
 
 
 def totals(outcomes: Sequence[Outcome], *, wall_s: float) -> dict[str, float]:
     """The sums over all seeds, and how long they took together."""
     parts: dict[str, int] = {}
-    for name in recovered([]):
+    for name in COUNTS:
         values = [outcome.recovered.get(name, 0) for outcome in outcomes]
         parts[name if name.startswith("most") else f"requests_{name}"] = (
             max(values, default=0) if name.startswith("most") else sum(values)

@@ -185,6 +185,11 @@ class Agent:
 
 
 def _environment() -> dict[str, str]:
-    """NCCL's watchdog must not end a process whose peers are gone; torch's own warnings about that are noise."""
+    """NCCL's watchdog must not end a process whose peers are gone; torch's own warnings about that are noise.
+
+    A worker makes and drops caches and weights in a new thread at every change. With an arena for each
+    thread and large buffers in the arenas, glibc keeps more and more of what was freed.
+    """
     quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    return {**quiet, **os.environ}
+    memory = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    return {**quiet, **memory, **os.environ}

@@ -102,16 +102,28 @@ def test_what_layouts_say_about_requests_is_summed() -> None:
     told: list[tuple[str, dict[str, object]]] = [
         ("controller_started", {}),
         ("layout", {"requests_moved": 2, "requests_replayed": 1}),
-        ("layout", {"requests_restored": 3, "tokens_reexecuted": [0, 2, 1]}),
+        ("worker_lost", {"device": "i0/1"}),
+        ("instance_lost", {"instance": "i0"}),
+        ("layout", {"requests_restored": 3, "requests_replayed": 1, "tokens_reexecuted": [0, 2, 1]}),
+        ("instance_lost", {"instance": "i1"}),
+        ("instance_lost", {"instance": "i2"}),
+        ("layout", {"requests_replayed": 5}),
         ("controller_started", {}),
         ("layout", {"requests_replayed": 4, "tokens_reexecuted": []}),
     ]
     events = [Event(sequence=0, time_s=0.0, kind=kind, data=data) for kind, data in told]
-    counts = {"moved": 2, "restored": 3, "replayed": 1, "replayed_after_restart": 4, "most_reexecuted": 2}
-    assert recovered(events) == counts
+    counts = recovered(events)
+    assert counts == {
+        "moved": 2,
+        "restored": 3,
+        "replayed": 7,
+        "replayed_after_one_loss": 2,
+        "replayed_after_restart": 4,
+        "most_reexecuted": 2,
+    }
     assert counts["most_reexecuted"] <= MOST_REEXECUTED
     summary = totals([Outcome(0, recovered=counts), Outcome(1, recovered=counts)], wall_s=1.0)
-    assert (summary["requests_replayed"], summary["most_reexecuted"]) == (2, 2)
+    assert (summary["requests_replayed"], summary["most_reexecuted"]) == (14, 2)
 
 
 def test_an_outcome_fails_on_any_difference_or_error() -> None:
