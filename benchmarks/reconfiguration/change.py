@@ -20,13 +20,12 @@ _FEWEST_STEPS = 8  # a preparation that is shorter says nothing about throughput
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """When a change began, when the old layout paused, when its state was in place again, and when the new
-    layout was in force; all on the clients' clock.
+    """When a change began, when the old layout paused, and when the new one was in force, its state in place;
+    all on the clients' clock.
     """
 
     started_s: float
     paused_s: float
-    restored_s: float
     in_force_s: float
 
     @classmethod
@@ -39,9 +38,8 @@ class Moments:
         started = next(event for event in reversed(events) if event.kind == "reconfiguration_started")
         seconds: Mapping[str, float] = layout.data["seconds"]
         in_force = layout.time_s - clock_offset_s
-        restored = in_force - seconds["activate"]
-        paused = restored - seconds["transfer"] - seconds["pause"]
-        return cls(started.time_s - clock_offset_s, paused, restored, in_force)
+        paused = in_force - seconds["transfer"] - seconds["pause"]
+        return cls(started.time_s - clock_offset_s, paused, in_force)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ def seen(timelines: Sequence[Timeline], moments: Moments, quiet: Quiet) -> dict[
 
     The gap `quiet` is the longest without any change, `longest` the longest of those around the change.
     """
-    touched = [one for one in timelines if one.spans(moments.restored_s)]
+    touched = [one for one in timelines if one.spans(moments.in_force_s)]
     before, after = rate(timelines, *quiet.before), rate(timelines, *quiet.after)
     preparing = rate(timelines, moments.started_s, moments.paused_s)
     steps = {"before": step_s(timelines, *quiet.before), "after": step_s(timelines, *quiet.after)}
@@ -69,7 +67,7 @@ def seen(timelines: Sequence[Timeline], moments: Moments, quiet: Quiet) -> dict[
         "tokens_per_s": {"before": _round(before), "preparing": _round(preparing), "after": _round(after)},
         "preparing_s": _round(moments.paused_s - moments.started_s, 4),
         "preparing_share": _round(preparing / before, 4) if measurable else None,
-        "clocks_s": clocks(timelines, touched, moments.paused_s, moments.restored_s, quiet),
+        "clocks_s": clocks(timelines, touched, moments.paused_s, moments.in_force_s, quiet),
     }
 
 

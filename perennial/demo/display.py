@@ -65,7 +65,7 @@ def _action(action: ActionRecord) -> tuple[float, Text]:
 
 
 def _layout(event: EventRecord) -> tuple[float, Text]:
-    stopped = sum(event.data.get("seconds", {}).get(phase, 0.0) for phase in ("pause", "transfer", "activate"))
+    stopped = sum(event.data.get("seconds", {}).get(phase, 0.0) for phase in ("pause", "transfer"))
     mode = event.data.get("mode", "")
     line = f"{event.time_s:6.1f} s  → {config_label(event.data.get('config'))}, {mode}, stopped {stopped * 1e3:.0f} ms"
     return event.time_s, Text(line, style="cyan")

@@ -100,6 +100,7 @@ def _change(change: Any) -> dict[str, Any]:
         "stopped": round(change.stopped_s * 1e3, 1),
         "stall": None if change.stall_s is None else round(change.stall_s * 1e3, 1),
         "requestsMoved": change.requests_moved,
+        "requestsRestored": change.requests_restored,
         "requestsReplayed": change.requests_replayed,
     }
 

@@ -22,7 +22,7 @@ _LOSSES = ("worker_lost", "instance_lost", "replica_failed")
 class Reconfiguration:
     """One change of layout. Times are seconds since the recording began.
 
-    `stopped_s` is how long affected replicas did not decode (pause + transfer + activate);
+    `stopped_s` is how long affected replicas did not decode (pause + transfer);
     `stall_s` the longest silence that any stream saw across the switch, None if none was running.
     """
 
@@ -36,13 +36,14 @@ class Reconfiguration:
     seconds: Mapping[str, float] = field(default_factory=dict)
     moved: Mapping[str, int] = field(default_factory=dict)
     requests_moved: int = 0
+    requests_restored: int = 0
     requests_replayed: int = 0
     stall_s: float | None = None
 
     @property
     def stopped_s(self) -> float:
-        """Pause, transfer and activation together."""
-        return sum(float(self.seconds.get(phase, 0.0)) for phase in ("pause", "transfer", "activate"))
+        """Pause and transfer together."""
+        return sum(float(self.seconds.get(phase, 0.0)) for phase in ("pause", "transfer"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ def reconfigurations(recording: Recording) -> list[Reconfiguration]:
                 seconds=event.data.get("seconds", {}),
                 moved=event.data.get("moved", {}),
                 requests_moved=_count(event.data.get("requests_moved")),
+                requests_restored=_count(event.data.get("requests_restored")),
                 requests_replayed=_count(event.data.get("requests_replayed")),
                 stall_s=longest_gap(recording, started.time_s if started else event.time_s, event.time_s),
             )

@@ -165,7 +165,7 @@ function chip(config) {
   return element;
 }
 function phases(change, longest) {
-  const bar = document.createElement("div"), parts = [["prepare", "var(--amber)"], ["pause", "var(--c2)"], ["transfer", "var(--c1)"], ["activate", "var(--c0)"]];
+  const bar = document.createElement("div"), parts = [["prepare", "var(--amber)"], ["copy", "var(--c0)"], ["pause", "var(--c2)"], ["transfer", "var(--c1)"]];
   bar.className = "bar";
   for (const [name, fill] of parts) {
     const part = html(bar, "i");
@@ -179,6 +179,7 @@ function phases(change, longest) {
 function requests(change) {
   const parts = [];
   if (change.requestsMoved) parts.push(`${change.requestsMoved} moved`);
+  if (change.requestsRestored) parts.push(`${change.requestsRestored} restored from copies`);
   if (change.requestsReplayed) parts.push(`${change.requestsReplayed} replayed`);
   return parts.join(", ") || "–";
 }
@@ -186,7 +187,7 @@ function requests(change) {
 function changes() {
   const table = byId("changes"), heads = ["at", "from", "to", "", "because", "phases", "stopped", "worst stall", "from disk", "between instances", "inside", "KV", "requests"];
   row(table, heads.map((head, i) => [head, i > 5 && i < 12 ? "n" : ""]), "th");
-  const total = change => ["prepare", "pause", "transfer", "activate"].reduce((sum, name) => sum + (change.seconds[name] || 0), 0);
+  const total = change => ["prepare", "copy", "pause", "transfer"].reduce((sum, name) => sum + (change.seconds[name] || 0), 0);
   const longest = Math.max(1e-6, ...DATA.reconfigurations.map(total));
   for (const change of DATA.reconfigurations) {
     const moved = change.moved, tag = document.createElement("span");
