@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,6 +27,11 @@ def watch_stdin() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def explain_on_signal() -> None:
+    """SIGUSR1 writes to stderr where every thread of this process stands."""
+    faulthandler.register(signal.SIGUSR1)
 
 
 def go_first() -> None:

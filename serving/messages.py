@@ -86,12 +86,16 @@ class WorkerStalled(Message):
 
 
 class Prepared(Message):
-    """Groups are up and weights are in place for the role in `epoch`; bytes by where they came from."""
+    """Groups are up and weights are in place for the role in `epoch`; bytes by where they came from.
+
+    Peers' came in `transfer_s`.
+    """
 
     epoch: int
     local_bytes: int
     received_bytes: int
     disk_bytes: int
+    transfer_s: float = 0.0
 
 
 class Resident(Message):
@@ -166,10 +170,11 @@ class Reserved(Message):
 
 
 class Copied(Message):
-    """All KV pieces of a `Copy` were sent and received."""
+    """All KV pieces of a `Copy` were sent and received, in `transfer_s`."""
 
     epoch: int
     sent_bytes: int
+    transfer_s: float = 0.0
 
 
 class Switched(Message):
@@ -177,6 +182,7 @@ class Switched(Message):
 
     epoch: int
     sent_bytes: int
+    transfer_s: float = 0.0
 
 
 class Failed(Message):

@@ -24,7 +24,7 @@ from benchmarks.reconfiguration import crash, long_run, planned, replicating
 from benchmarks.reconfiguration.bars import bars, missed
 from benchmarks.reconfiguration.link import measure_link
 from benchmarks.reconfiguration.options import Options, parse
-from benchmarks.reconfiguration.stage import Bench
+from benchmarks.reconfiguration.stage import Bench, last_words
 from data.errors import PerennialError
 from profiling.fingerprint import this_machine
 from serving.engine.checkpoint import create_checkpoint
@@ -103,19 +103,14 @@ async def _measure_all(bench: Bench, results: Results) -> None:
             await asyncio.wait_for(_case(case, bench, results), options.timeout_s)
         except _FAILURES as error:
             reason = f"{type(error).__name__}: {error}"
-            results.add({"case": case, "name": case, "failed": reason, "logs": _last_words(options.out / "logs")})
+            logs = last_words(options.out / "logs", _LOG_LINES)
+            results.add({"case": case, "name": case, "failed": reason, "logs": logs})
 
 
 def _case(case: str, bench: Bench, results: Results) -> Awaitable[None]:
     if case == "planned":
         return planned.measure(bench, results.link_bytes_per_s, results.add)
     return {"kill": crash, "replication": replicating, "fleet": long_run}[case].measure(bench, results.add)
-
-
-def _last_words(folder: Path) -> dict[str, list[str]]:
-    """The ends of the logs that say something: the machine that has them may be gone when they are wanted."""
-    logs = {path: path.read_text(encoding="utf-8", errors="replace").splitlines() for path in folder.rglob("*.log")}
-    return {str(path.relative_to(folder)): lines[-_LOG_LINES:] for path, lines in sorted(logs.items()) if lines}
 
 
 def _table(records: list[dict[str, Any]]) -> Table:

@@ -131,24 +131,16 @@ def parsed(device: str) -> Device:
 
 
 def against(moved: Mapping[str, int], seconds: Mapping[str, float], least: Least) -> dict[str, Any]:
-    """Bytes that the event `layout` reports beside the fewest, and the rates of the busiest link in bytes per second.
-
-    `kv_bytes` counts what stays on its device as well, unless `kv_local_bytes` says how much that is.
-    """
+    """Bytes that the event `layout` reports beside the fewest, and rates of the busiest link in bytes per second."""
     weights = sum(moved.get(f"weights_{kind}_bytes", 0) for kind in ("intra", "inter", "disk"))
-    apart = "kv_local_bytes" in moved
-    kv = moved["kv_bytes"] - moved.get("kv_local_bytes", 0)
-    least_kv = least.kv_bytes + (0 if apart else least.kv_staying_bytes)
-    weights_s = seconds.get("weights", seconds["prepare"])
-    kv_s = seconds.get("copy", 0.0) + seconds["transfer"]
     return {
         "weights_bytes": weights,
         "least_weights_bytes": least.weights_bytes,
-        "kv_bytes": kv,
-        "least_kv_bytes": least_kv,
-        "excess": _share(weights + kv, least.weights_bytes + least_kv),
-        "weights_rate": _rate(least.busiest_weights_bytes, weights_s),
-        "kv_rate": _rate(least.busiest_kv_bytes, kv_s),
+        "kv_bytes": moved["kv_bytes"],
+        "least_kv_bytes": least.kv_bytes,
+        "excess": _share(weights + moved["kv_bytes"], least.weights_bytes + least.kv_bytes),
+        "weights_rate": _rate(least.busiest_weights_bytes, seconds["weights"]),
+        "kv_rate": _rate(least.busiest_kv_bytes, seconds["kv"]),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.reconfiguration.change import Moments, Quiet, seen
 from benchmarks.reconfiguration.minimum import World, against
 from benchmarks.reconfiguration.options import has_residency
-from benchmarks.reconfiguration.stage import Bench, Stage, config, stage
+from benchmarks.reconfiguration.stage import Bench, Stage, config, last_words, stage
 from benchmarks.reconfiguration.timeline import continuity
 from data.errors import PerennialError
 from data.layout import Device
@@ -18,6 +18,7 @@ from serving.requests import Event
 
 Report = Callable[[dict[str, Any]], None]
 _LOAD_S = 240.0
+_LOG_LINES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ async def measure(bench: Bench, link_bytes_per_s: float | None, report: Report) 
         try:
             await _chain(bench, steps, residency, link_bytes_per_s, report)
         except (PerennialError, TimeoutError) as error:  # the other chain has a service of its own
-            report({"case": "planned", "name": f"residency {residency}", "failed": f"{type(error).__name__}: {error}"})
+            failed = f"{type(error).__name__}: {error}"
+            logs = last_words(bench.options.out / "logs" / f"planned-{residency}", _LOG_LINES)
+            report({"case": "planned", "name": f"residency {residency}", "failed": failed, "logs": logs})
 
 
 async def _chain(

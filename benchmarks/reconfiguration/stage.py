@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from benchmarks.reconfiguration.load import Load
 from benchmarks.reconfiguration.options import Options
@@ -23,7 +26,8 @@ from serving.requests import Event
 Say = Callable[[str], None]
 _START_S = 240.0
 _SETTLE_S = 120.0
-_CHANGE_S = 120.0
+_CHANGE_S = 60.0
+_EXPLAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +142,27 @@ async def stage(
                 await load.start(timeout_s=_START_S)
                 bench.say(f"{name}: {requests} requests run after {time.monotonic() - began:.1f} s")
                 yield Stage(bench, service, client, load, batch, time.time() - time.monotonic())
+        except BaseException:
+            await _ask_why(service)
+            raise
         finally:
             await client.close()
+            (home / "events.json").write_bytes(msgspec.json.encode(service.events))
     _drop_journal(home)
+
+
+async def _ask_why(service: Fleet) -> None:
+    """Every process writes to its log where it stands."""
+    for process in service.alive():
+        if any(argument.startswith("serving.") for argument in process.cmdline()):
+            process.send_signal(signal.SIGUSR1)
+    await asyncio.sleep(_EXPLAIN_S)
+
+
+def last_words(folder: Path, lines: int) -> dict[str, list[str]]:
+    """The ends of the logs that say something: the machine that has them may be gone when they are wanted."""
+    logs = {path: path.read_text(encoding="utf-8", errors="replace").splitlines() for path in folder.rglob("*.log")}
+    return {str(path.relative_to(folder)): text[-lines:] for path, text in sorted(logs.items()) if text}
 
 
 def _drop_journal(home: Path) -> None:

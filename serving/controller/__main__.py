@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
     arguments = parser.parse_args()
     logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
+    lifeline.explain_on_signal()
     if arguments.lifeline:
         lifeline.watch_stdin()
     try:

@@ -116,6 +116,7 @@ class Reconfiguration:
     _sequences: dict[int, m.Resident] = field(default_factory=dict)
     _homes: dict[int, Replica] = field(default_factory=dict)  # where a sequence goes
     _copied: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens of which life are in place
+    _moving_s: dict[str, float] = field(default_factory=lambda: {"weights": 0.0, "kv": 0.0})  # the slowest worker's
     store: Rendezvous | None = None  # lives as long as the epoch's replicas: NCCL connects lazily
 
     # -- what the controller hears meanwhile ---------------------------------------------------------
@@ -189,7 +190,7 @@ class Reconfiguration:
         self._check("switch")
         ended = clock()
         seconds = {"prepare": ready - started, "copy": copied - ready, "pause": stopped - copied}
-        seconds |= {"transfer": ended - stopped, "total": ended - started}
+        seconds |= {"transfer": ended - stopped, "total": ended - started, **self._moving_s}
         moved = self._moved(prepared, copied_bytes, sent_bytes)
         return Outcome(self.epoch, self.new, heirs, self._residency(), self._reexecuted(heirs), moved, seconds)
 
@@ -267,7 +268,12 @@ class Reconfiguration:
         timeout_s = self.settings.timeouts.prepare_s
         self.store = Rendezvous(self.settings.host, timeout_s)
         orders = prepare_orders(self.epoch, self.store.address, self.transition, self.new, self.world)
-        return await self._ask("prepare", orders, timeout_s)
+        prepared = await self._ask("prepare", orders, timeout_s)
+        self._clock("weights", prepared)
+        return prepared
+
+    def _clock(self, what: str, answers: Mapping[Device, m.Prepared | m.Copied | m.Switched]) -> None:
+        self._moving_s[what] += max((answer.transfer_s for answer in answers.values()), default=0.0)
 
     def _join(self) -> Sequence[Replica]:
         """Running replicas that sequences join because no new one is built for them."""
@@ -386,6 +392,7 @@ class Reconfiguration:
         orders = {one: m.Copy(self.epoch, sends.get(one, []), receives.get(one, [])) for one in involved}
         answers = await self._ask("copy", orders, self.settings.timeouts.prepare_s)
         self._copied |= {heir.key: (heir.tokens, self._life(heir.key)) for heir in heirs}
+        self._clock("kv", answers)
         return sum(answer.sent_bytes for answer in answers.values())
 
     # -- the switch --------------------------------------------------------------------------------------
@@ -406,6 +413,7 @@ class Reconfiguration:
             for device in self.world
         }
         answers = await self._ask("switch", orders, self.settings.timeouts.switch_s)
+        self._clock("kv", answers)
         for device in {device for replica in self.retired for device in replica.devices} - set(self.world):
             self.workers.send(device, m.Retire(retire))
         return sum(answer.sent_bytes for answer in answers.values())

@@ -19,7 +19,8 @@ class KvCache:
 
     Per layer `[blocks + 1, block_tokens, heads, head_dim]`. Starts as zeros: attention reads padding and
     multiplies it by zero, so every entry must be finite. Block `blocks` belongs to nobody: rows that only
-    pad a step are written there.
+    pad a step are written there. A cache that is only moved from need not be `clean`, and takes host
+    memory only as it fills.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class KvCache:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        *,
+        clean: bool = True,
     ) -> None:
         self.layers, self.heads = layers, heads
         self.head_dim, self.blocks, self.block_tokens = head_dim, blocks, block_tokens
         shape = (layers[1] - layers[0], 2, blocks + 1, block_tokens, heads[1] - heads[0], head_dim)
-        self._paged = torch.zeros(shape, dtype=dtype, device=device)
+        self._paged = (torch.zeros if clean else torch.empty)(shape, dtype=dtype, device=device)
         self._flat = self._paged.view(shape[0], 2, (blocks + 1) * block_tokens, *shape[4:])
 
     @property

@@ -37,9 +37,9 @@ class Parts:
 
     def column_linear(self, *names: str) -> Linear:
         """Linears with the same input side by side, as one: their outputs are concatenated."""
-        weight = torch.cat([self.weights[f"{name}.weight"] for name in names])
+        weights = [self.weights[f"{name}.weight"] for name in names]
         biases = [self.weights[f"{name}.bias"] for name in names if f"{name}.bias" in self.weights]
-        return self.numerics.column_linear(weight, torch.cat(biases) if biases else None)
+        return self.numerics.column_linear(_side_by_side(weights), _side_by_side(biases) if biases else None)
 
     def row_linear(self, name: str, unit: Unit) -> Linear:
         """A linear whose input is cut over the shards by `unit`."""
@@ -47,6 +47,10 @@ class Parts:
         ranges = [unit_range(self.spec, unit, head, self.spec.heads) for head in range(low, high)]
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
         return self.numerics.row_linear(weight, bias, [stop - start for start, stop in ranges], self.comm)
+
+
+def _side_by_side(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # one alone stays the view that it is
 
 
 class VocabEmbedding:

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--index", type=int, required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
+    lifeline.explain_on_signal()
     lifeline.watch_stdin()
     try:
         asyncio.run(_serve(arguments))

@@ -9,7 +9,7 @@ makes every peer that waits on it fail in turn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,6 +67,20 @@ class Pending:
         with self._waiting.on(self._peer):
             for work in self._works:
                 _wait(work)
+
+
+class Exchange:
+    """Messages under way in both directions."""
+
+    def __init__(self, group: Group, pending: Sequence[Pending], receives: Sequence[tuple[Tensor, int]]) -> None:
+        self._group, self._pending, self._receives = group, pending, receives
+
+    def wait(self) -> None:
+        """Until all is there; on CUDA the current stream waits, not the caller. Raises `GroupBroken`."""
+        for tensor, peer in self._receives:
+            self._group.receive(tensor, peer)
+        for part in self._pending:
+            part.wait()
 
 
 def _wait(work: dist.Work) -> None:
@@ -205,26 +219,39 @@ class Group:
         others = [self.receive(tensor.new_empty(rows, sizes[peer]), peer) for peer in range(1, self.size)]
         return torch.cat([tensor, *others], dim=-1)
 
+    @property
+    def direct(self) -> bool:
+        """Whether tensors go from GPU to GPU."""
+        return self.size > 1 and self._nccl is not None
+
+    def connect(self, sends: Iterable[int], receives: Iterable[int]) -> None:
+        """Be ready to exchange with these peers, who are to call it too: NCCL connects a pair at its first message."""
+        if not self.direct:
+            return
+        mark = torch.zeros(1, device=self.device)
+        self.exchange([(mark, peer) for peer in sends], [(torch.empty_like(mark), peer) for peer in receives])
+
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         """Swap contiguous tensors with peers; those between one pair match in order. Returns when done."""
-        if self._nccl is None:
-            pending = [self.send(tensor, peer) for tensor, peer in sends]
-            for tensor, peer in receives:
-                self.receive(tensor, peer)
-            for part in pending:
-                part.wait()
-            return
+        self.begin_exchange(sends, receives).wait()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+            self.check()
+
+    def begin_exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
+        """As `exchange`, but what follows goes on meanwhile."""
+        if not self.direct:
+            return Exchange(self, [self.send(tensor, peer) for tensor, peer in sends], receives)
         if not sends and not receives:
-            return
+            return Exchange(self, [], [])
         # One NCCL group call: a pair that sends to each other would otherwise wait on itself.
         self._nccl._start_coalescing()
         for tensor, peer in sends:
             self._nccl.send([tensor], peer, 0)
         for tensor, peer in receives:
             self._nccl.recv([tensor], peer, 0)
-        _wait(self._nccl._end_coalescing())
-        torch.cuda.current_stream(self.device).synchronize()
-        self.check()
+        tensors = [tensor for tensor, _ in (*sends, *receives)]
+        return Exchange(self, [Pending([self._nccl._end_coalescing()], tensors, self.waiting, self._first)], [])
 
     def check(self) -> None:
         """Raise `GroupBroken` if the group was aborted: what a cut collective left behind is not data."""

@@ -40,6 +40,7 @@ class KvLog:
             greeting.block_tokens,
             wire.dtype_of(greeting.dtype),
             "cpu",
+            clean=False,
         )
         self._allocator = BlockAllocator(greeting.blocks)
         self._tables: dict[int, list[int]] = {}

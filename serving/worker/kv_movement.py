@@ -1,15 +1,9 @@
-"""Exchanges KV with peers: cut into chunks, each packed by one gather, one message per peer and round.
-
-Both sides derive the same chunks from the same spans, so nothing but data crosses the group. A pair's
-chunks match in order, and rounds are numbered alike everywhere: nobody waits in a circle.
-"""
+"""Exchanges KV with peers: cut into chunks, each packed by one gather and one message."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -18,6 +12,7 @@ from torch import Tensor
 from serving.engine.kv_cache import KvCache
 from serving.messages import KvPieces, KvSpan
 from serving.worker.groups import Group
+from serving.worker.rounds import Rounds, Traffic
 
 Caches = Callable[[KvPieces], KvCache]
 """The cache that pieces are read from or written to on this worker."""
@@ -44,7 +39,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class KvMover:
-    """Moves KV of one epoch. `share` of the time is spent moving while others decode; 1 is full speed."""
+    """Moves KV of one epoch."""
 
     group: Group
     world: Sequence[str]
@@ -54,25 +49,21 @@ class KvMover:
     dtype: torch.dtype
     message_bytes: int
 
-    def run(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces], *, share: float = 1.0) -> int:
-        """Exchange everything; returns the bytes sent to others. Raises `GroupBroken` if a peer is lost."""
+    def run(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces], *, share: float = 1.0) -> Traffic:
+        """Exchange everything; `share` as for `Rounds`. Raises `GroupBroken` if a peer is lost."""
         own = self.world[self.group.rank]
         self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
-        out, into = self._rounds(sends, own), self._rounds(receives, own)
-        return sum(self._round(sent or [], taken or [], share) for sent, taken in zip_longest(out, into))
+        return Rounds(self.group, self, share).run(self._queues(sends, own), self._queues(receives, own))
 
     def _stay(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces]) -> None:
         """What this worker needs and has never touches the group."""
         for source, target in zip(sends, receives, strict=True):
             for ours, theirs in zip(self._chunks(source), self._chunks(target), strict=True):
-                self._store(theirs, self._load(ours))
+                self.store(theirs, self.load(ours))
 
-    def _rounds(self, pieces: Sequence[KvPieces], own: str) -> Iterator[list[Chunk]]:
-        """In every round one chunk per peer."""
+    def _queues(self, pieces: Sequence[KvPieces], own: str) -> dict[int, Iterator[Chunk]]:
         peers = dict.fromkeys(one.peer for one in pieces if one.peer != own)
-        queues = [self._queue([one for one in pieces if one.peer == peer]) for peer in peers]
-        for found in zip_longest(*queues):
-            yield [chunk for chunk in found if chunk is not None]
+        return {self.world.index(peer): self._queue([one for one in pieces if one.peer == peer]) for peer in peers}
 
     def _queue(self, pieces: Sequence[KvPieces]) -> Iterator[Chunk]:
         for one in pieces:
@@ -81,31 +72,18 @@ class KvMover:
     def _chunks(self, pieces: KvPieces) -> Iterator[Chunk]:
         return chunks(pieces, max(1, self.message_bytes // self.dtype.itemsize), self.head_dim)
 
-    def _round(self, sent: Sequence[Chunk], taken: Sequence[Chunk], share: float) -> int:
-        began = time.monotonic()
-        outgoing = [(self._load(chunk), self.world.index(chunk.pieces.peer)) for chunk in sent]
-        incoming = [(self._buffer(chunk), self.world.index(chunk.pieces.peer)) for chunk in taken]
-        self.group.exchange(outgoing, incoming)
-        for chunk, (buffer, _) in zip(taken, incoming, strict=True):
-            self._store(chunk, buffer)
-        if share < 1.0:
-            self._settle()
-            time.sleep((time.monotonic() - began) * (1.0 / share - 1.0))
-        return sum(data.numel() * data.element_size() for data, _ in outgoing)
-
-    def _settle(self) -> None:
-        if self.group.device.type == "cuda":
-            torch.cuda.current_stream(self.group.device).synchronize()
-
-    def _buffer(self, chunk: Chunk) -> Tensor:
+    def buffer(self, chunk: Chunk) -> Tensor:
+        """See `Cargo`."""
         return torch.empty(chunk.shape(self.head_dim), dtype=self.dtype, device=self.group.device)
 
-    def _load(self, chunk: Chunk) -> Tensor:
+    def load(self, chunk: Chunk) -> Tensor:
+        """See `Cargo`."""
         cache = self.read(chunk.pieces)
         data = cache.gather(_slots(chunk, cache), chunk.layers, chunk.pieces.heads)
         return data.to(self.group.device)
 
-    def _store(self, chunk: Chunk, data: Tensor) -> None:
+    def store(self, chunk: Chunk, data: Tensor) -> None:
+        """See `Cargo`."""
         cache = self.write(chunk.pieces)
         cache.scatter(_slots(chunk, cache), chunk.layers, chunk.pieces.heads, data)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from planning.resharding import Box
 from serving.engine.weights import CheckpointReader
 from serving.messages import WeightPieces
 from serving.worker.groups import Group
+from serving.worker.rounds import Rounds, Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,34 +30,14 @@ class HeldTensor:
         return self.data[slices]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class WeightResult:
-    """Tensors of a role by checkpoint name, and the bytes that came from each kind of source."""
+    """Tensors of a role by checkpoint name, the bytes that were here, those that came from disk, and the traffic."""
 
     tensors: dict[str, HeldTensor]
-    local_bytes: int = 0
-    received_bytes: int = 0
-    disk_bytes: int = 0
-
-
-@dataclass(slots=True)
-class _Packing:
-    """Boxes of one peer, cut into messages of at most `limit` elements (a larger box is one message)."""
-
-    boxes: Sequence[Box]
-    limit: int
-
-    def messages(self) -> Iterator[list[Box]]:
-        batch: list[Box] = []
-        size = 0
-        for box in self.boxes:
-            if batch and size + box.elements > self.limit:
-                yield batch
-                batch, size = [], 0
-            batch.append(box)
-            size += box.elements
-        if batch:
-            yield batch
+    local_bytes: int
+    disk_bytes: int
+    traffic: Traffic
 
 
 @dataclass(slots=True)
@@ -70,40 +51,47 @@ class WeightMover:
     dtype: torch.dtype
     device: torch.device
     message_bytes: int
-    _limit: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._limit = max(1, self.message_bytes // self.dtype.itemsize)
+    _tensors: dict[str, HeldTensor] = field(default_factory=dict)
 
     def run(
-        self, needed: Sequence[Box], sends: Sequence[WeightPieces], receives: Sequence[WeightPieces]
+        self,
+        needed: Sequence[Box],
+        sends: Sequence[WeightPieces],
+        receives: Sequence[WeightPieces],
+        *,
+        share: float = 1.0,
     ) -> WeightResult:
-        """Exchange with all peers and assemble. Raises `GroupBroken` if a peer is lost."""
-        result = WeightResult({box.tensor: self._destination(box) for box in needed})
-        for box in needed:
-            result.local_bytes += self._copy_local(result.tensors[box.tensor])
-        outgoing = [
-            (self._pack(message), self._rank(pieces.peer))
-            for pieces in sends
-            for message in _Packing(pieces.boxes, self._limit).messages()
-        ]
-        incoming = [
-            (message, torch.empty(sum(box.elements for box in message), dtype=self.dtype, device=self.device), peer)
-            for pieces in receives
-            if pieces.peer is not None
-            for peer in [self._rank(pieces.peer)]
-            for message in _Packing(pieces.boxes, self._limit).messages()
-        ]
-        self.group.exchange(outgoing, [(buffer, peer) for _, buffer, peer in incoming])
-        for message, buffer, _ in incoming:
-            result.received_bytes += self._unpack(message, buffer, result.tensors)
-        for pieces in receives:
-            if pieces.peer is None:
-                result.disk_bytes += self._read(pieces.boxes, result.tensors)
-        return result
+        """Exchange with all peers and assemble; `share` as for `Rounds`. Raises `GroupBroken` if a peer is lost."""
+        self._tensors = {box.tensor: self._destination(box) for box in needed}
+        local_bytes = sum(self._copy_local(self._tensors[box.tensor]) for box in needed)
+        traffic = Rounds(self.group, self, share).run(self._queues(sends), self._queues(receives))
+        disk = [box for pieces in receives if pieces.peer is None for box in pieces.boxes]
+        for box in disk:
+            self._tensors[box.tensor].view(box).copy_(self.reader.read(box.tensor, box.start, box.stop))
+        disk_bytes = sum(box.elements for box in disk) * self.dtype.itemsize
+        return WeightResult(self._tensors, local_bytes, disk_bytes, traffic)
 
-    def _rank(self, peer: str | None) -> int:
-        return self.world.index(peer or "")
+    def _queues(self, pieces: Sequence[WeightPieces]) -> dict[int, Iterator[list[Box]]]:
+        limit = max(1, self.message_bytes // self.dtype.itemsize)
+        by_peer: dict[int, list[Box]] = {}
+        for one in pieces:
+            if one.peer is not None:
+                by_peer.setdefault(self.world.index(one.peer), []).extend(one.boxes)
+        return {peer: messages(boxes, limit) for peer, boxes in by_peer.items()}
+
+    def load(self, message: list[Box]) -> Tensor:
+        """See `Cargo`."""
+        return torch.cat([self.held[box.tensor].view(box).reshape(-1) for box in message])
+
+    def buffer(self, message: list[Box]) -> Tensor:
+        """See `Cargo`."""
+        return torch.empty(sum(box.elements for box in message), dtype=self.dtype, device=self.device)
+
+    def store(self, message: list[Box], data: Tensor) -> None:
+        """See `Cargo`."""
+        parts = torch.split(data, [box.elements for box in message])
+        for box, part in zip(message, parts, strict=True):
+            self._tensors[box.tensor].view(box).copy_(part.view(box.shape))
 
     def _destination(self, box: Box) -> HeldTensor:
         held = self.held.get(box.tensor)
@@ -120,17 +108,24 @@ class WeightMover:
             target.view(common).copy_(held.view(common))
         return common.elements * self.dtype.itemsize
 
-    def _pack(self, boxes: Sequence[Box]) -> Tensor:
-        return torch.cat([self.held[box.tensor].view(box).reshape(-1) for box in boxes])
 
-    def _unpack(self, boxes: Sequence[Box], buffer: Tensor, tensors: Mapping[str, HeldTensor]) -> int:
-        parts = torch.split(buffer, [box.elements for box in boxes])
-        for box, part in zip(boxes, parts, strict=True):
-            tensors[box.tensor].view(box).copy_(part.view(box.shape))
-        return buffer.numel() * self.dtype.itemsize
+def messages(boxes: Sequence[Box], limit: int) -> Iterator[list[Box]]:
+    """Boxes in order, large ones cut along their first dimension, in messages of at most `limit` elements
+    or one row.
+    """
+    batch: list[Box] = []
+    size = 0
+    for box in (part for whole in boxes for part in _cut(whole, limit)):
+        if batch and size + box.elements > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(box)
+        size += box.elements
+    if batch:
+        yield batch
 
-    def _read(self, boxes: Sequence[Box], tensors: Mapping[str, HeldTensor]) -> int:
-        for box in boxes:
-            data = self.reader.read(box.tensor, box.start, box.stop)
-            tensors[box.tensor].view(box).copy_(data)
-        return sum(box.elements for box in boxes) * self.dtype.itemsize
+
+def _cut(box: Box, limit: int) -> Iterator[Box]:
+    rows = max(1, limit * box.shape[0] // box.elements)
+    for start in range(box.start[0], box.stop[0], rows):
+        yield replace(box, start=(start, *box.start[1:]), stop=(min(start + rows, box.stop[0]), *box.stop[1:]))

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from serving.worker.kv_stream import KvStream
 from serving.worker.movement import HeldTensor, WeightMover
 from serving.worker.pulse import Pulse
 from serving.worker.replica import Follower, Leader, Position, StepLoop
+from serving.worker.rounds import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class Worker:
         self.name = f"{instance}/{index}"
         self._settings, self._instance, self._index = settings, instance, index
         self._device = compute_device(settings.engine, index)
+        # Everything beside the step loop shares one stream: the memory of another would not be reused.
+        self._side_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._spec = read_spec(settings.checkpoint)
         self._reader = CheckpointReader(settings.checkpoint)
         self._held: dict[str, HeldTensor] = {}
@@ -168,7 +171,7 @@ class Worker:
 
         def run() -> None:
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), self._aside():
                     answer = work()
             except Exception as error:  # noqa: BLE001 - the controller decides what a failure means
                 logger.warning("%s: %s of epoch %d failed: %s", self.name, phase, epoch, error)
@@ -200,14 +203,16 @@ class Worker:
             self._device,
             self._settings.capacity.transfer_bytes,
         )
-        result = mover.run(order.needed, order.sends, order.receives)
+        share = self._settings.capacity.copy_share if self._loop is not None else 1.0
+        result = mover.run(order.needed, order.sends, order.receives, share=share)
         position = build_position(build, order.role, result.tensors) if order.role else None
         held = retained(self._held, result.tensors) if order.role else self._held
         with self._lock:
             if connection is not self._connection or order.epoch <= self._abandoned_through:
                 raise GroupBroken("the epoch was abandoned meanwhile")
             self._prepared[order.epoch] = PreparedRole(order.world, world, position, held)
-        return m.Prepared(order.epoch, result.local_bytes, result.received_bytes, result.disk_bytes)
+        traffic = result.traffic
+        return m.Prepared(order.epoch, result.local_bytes, traffic.received_bytes, result.disk_bytes, traffic.seconds)
 
     def _preload(self, boxes: list[Box]) -> m.Message:
         """A spare fetches weights before they are needed; a role that comes meanwhile is more important."""
@@ -225,12 +230,13 @@ class Worker:
 
     def _copy(self, order: m.Copy) -> m.Message:
         prepared = self._prepared[order.epoch]
-        return m.Copied(order.epoch, self._exchange(prepared, order, self._settings.capacity.copy_share))
+        traffic = self._exchange(prepared, order, self._settings.capacity.copy_share)
+        return m.Copied(order.epoch, traffic.sent_bytes, traffic.seconds)
 
     def _switch(self, order: m.Switch) -> m.Message:
         prepared = self._prepared[order.epoch]
         self._wait_until_stopped(order)
-        sent = self._exchange(prepared, order, 1.0)
+        traffic = self._exchange(prepared, order, 1.0)
         self._retire(order.retire)
         with self._lock:
             if order.epoch not in self._prepared:
@@ -239,7 +245,7 @@ class Worker:
             self._take_over(order, prepared)
         del prepared  # taking its group down must not hold the answer up
         _clear_aside(done)
-        return m.Switched(order.epoch, sent)
+        return m.Switched(order.epoch, traffic.sent_bytes, traffic.seconds)
 
     def _wait_until_stopped(self, order: m.Switch) -> None:
         """The last tokens of a paused replica are there once its loop has ended."""
@@ -249,28 +255,30 @@ class Worker:
             if loop.is_alive():
                 raise GroupBroken("the old replica did not stop in time")
 
-    def _exchange(self, prepared: PreparedRole, order: m.Copy | m.Switch, share: float) -> int:
+    def _exchange(self, prepared: PreparedRole, order: m.Copy | m.Switch, share: float) -> Traffic:
         """Move the KV of an order, beside whatever is computed meanwhile."""
-        with self._side_stream():
-            mover = KvMover(
-                prepared.group,
-                prepared.world,
-                self._source,
-                lambda pieces: self._target(prepared, pieces),
-                self._spec.head_dim,
-                weight_dtype(self._settings.engine),
-                self._settings.capacity.transfer_bytes,
-            )
-            sent = mover.run(order.sends, order.receives, share=share)
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+        mover = KvMover(
+            prepared.group,
+            prepared.world,
+            self._source,
+            lambda pieces: self._target(prepared, pieces),
+            self._spec.head_dim,
+            weight_dtype(self._settings.engine),
+            self._settings.capacity.transfer_bytes,
+        )
+        traffic = mover.run(order.sends, order.receives, share=share)
         self._note(prepared, order.receives)
-        return sent
+        return traffic
 
-    def _side_stream(self) -> contextlib.AbstractContextManager[object]:
-        if self._device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self._device))
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The block does not queue behind the step loop's kernels, nor they behind its; it ends when its own have."""
+        if self._side_stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._side_stream):
+            yield
+            self._side_stream.synchronize()
 
     def _source(self, pieces: m.KvPieces) -> KvCache:
         if pieces.kept:

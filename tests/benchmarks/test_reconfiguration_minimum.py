@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.reconfiguration.minimum import World, against, parsed
+from benchmarks.reconfiguration.minimum import World, against
 from benchmarks.reconfiguration.stage import config
 from data.layout import Device
 from data.models import ModelSpec
@@ -80,18 +80,10 @@ def test_the_event_beside_the_fewest() -> None:
     world = World(SPEC, 4)
     go(world, "1x1x2", 0)
     least = go(world, "1x1x1", 1000)
-    kv = least.kv_bytes + least.kv_staying_bytes
-    moved = {"weights_inter_bytes": least.weights_bytes, "kv_bytes": kv}
-    seconds = {"prepare": 2.0, "transfer": 0.5}
+    moved = {"weights_inter_bytes": least.weights_bytes, "kv_bytes": least.kv_bytes}
+    seconds = {"prepare": 9.0, "transfer": 9.0, "weights": 2.0, "kv": 0.5}
     exact = against(moved, seconds, least)
     assert exact["excess"] == 0.0
     assert exact["kv_rate"] == least.kv_bytes * 2
     assert exact["weights_rate"] == round(least.busiest_weights_bytes / 2)
-    apart = against({**moved, "kv_local_bytes": least.kv_staying_bytes}, {**seconds, "copy": 0.5}, least)
-    assert apart["excess"] == 0.0
-    assert apart["kv_rate"] == least.kv_bytes
-    assert against({**moved, "weights_disk_bytes": kv}, seconds, least)["excess"] > 0.02
-
-
-def test_devices_are_read_back() -> None:
-    assert parsed("i3/0") == DEVICES[3]
+    assert against({**moved, "weights_disk_bytes": least.kv_bytes}, seconds, least)["excess"] > 0.02

@@ -55,7 +55,8 @@ class _RotaryLayer:
         self._post_norm = parts.vector(f"{prefix}.post_attention_layernorm.weight")
         self._qkv = parts.column_linear(*(f"{prefix}.self_attn.{name}_proj" for name in "qkv"))
         self._out = parts.row_linear(f"{prefix}.self_attn.o_proj", "head")
-        self._gate_up = parts.column_linear(f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
+        # Apart, as they are resident: side by side they would be a second copy of most of the model.
+        self._gate, self._up = (parts.column_linear(f"{prefix}.mlp.{name}_proj") for name in ("gate", "up"))
         self._down = parts.row_linear(f"{prefix}.mlp.down_proj", "ffn")
         norms = "qk" if spec.qk_norm else ""
         self._qk_norm = [parts.vector(f"{prefix}.self_attn.{name}_norm.weight") for name in norms]
@@ -68,8 +69,7 @@ class _RotaryLayer:
             hidden, normed = self._numerics.add_rms_norm(hidden, delta, self._input_norm, self._eps)
         delta = self._out(self._attend(normed, turn, step))
         hidden, normed = self._numerics.add_rms_norm(hidden, delta, self._post_norm, self._eps)
-        gate, up = self._gate_up(normed).chunk(2, -1)
-        return hidden, self._down(self._numerics.gate(gate, up))
+        return hidden, self._down(self._numerics.gate(self._gate(normed), self._up(normed)))
 
     def _attend(self, normed: Tensor, turn: Turn, step: StepTensors) -> Tensor:
         heads, kv_heads = self._attention.heads, self._attention.kv_heads
