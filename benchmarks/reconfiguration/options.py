@@ -16,7 +16,7 @@ from profiling.fingerprint import device_count
 from serving.settings import EngineSettings, ServingSettings, Timeouts
 
 CASES = ("planned", "kill", "replication", "fleet")
-_SLOW_STARTS = {"join_s": 120.0, "gather_s": 120.0, "prepare_s": 180.0, "switch_s": 60.0, "collective_s": 60.0}
+_SLOW_STARTS = {"join_s": 120.0, "gather_s": 120.0, "prepare_s": 180.0, "switch_s": 30.0, "collective_s": 20.0}
 
 _SPARE = 1.2  # room for a checkpoint, as a multiple of its weights
 

@@ -26,7 +26,7 @@ from serving.requests import Event
 Say = Callable[[str], None]
 _START_S = 240.0
 _SETTLE_S = 120.0
-_CHANGE_S = 60.0
+_CHANGE_S = 30.0
 _EXPLAIN_S = 0.5
 
 

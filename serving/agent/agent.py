@@ -188,10 +188,12 @@ def _environment() -> dict[str, str]:
     """NCCL's watchdog must not end a process whose peers are gone; torch's own warnings about that are noise.
 
     A worker makes and drops caches and weights in a new thread at every change. With an arena for each
-    thread and large buffers in the arenas, glibc keeps more and more of what was freed. On a GPU, segments
-    that grow let the memory of an old layout serve the next one, however differently that is cut.
+    thread and large buffers in the arenas, glibc keeps more and more of what was freed. On a GPU, a large
+    block that is free must stay whole for the next layout's cache; and groups are connected when they are
+    made, because their first kernels must not run beside those of another.
     """
     quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     memory = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    memory["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    memory["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:2048"
+    quiet["NCCL_RUNTIME_CONNECT"] = "0"
     return {**quiet, **memory, **os.environ}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class DecodeGraphs:
     """The recordings of one place. `record` turns a computation into its replay and its static output.
 
     `width` is that of activations handed to `compute`, None for a first stage; `most_blocks` that of the
-    longest block table.
+    longest block table. In `rehearsal` a computation waits for no other shard.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class DecodeGraphs:
         *,
         width: int | None,
         most_blocks: int,
+        rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext,
         record: Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]] | None = None,
     ) -> None:
         self._compute, self._cache, self._width, self._most_blocks = compute, cache, width, most_blocks
-        self._record = record or GraphRecorder(cache.device).record
+        self._record = record or GraphRecorder(cache.device, rehearsal).record
         self._steps: dict[int, _RecordedStep] = {}
 
     def capture(self, sizes: Sequence[int]) -> dict[int, float]:
@@ -83,19 +85,23 @@ class DecodeGraphs:
 class GraphRecorder:
     """Records CUDA graphs on a stream of its own; they share one memory pool and are replayed one at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._rehearsal = rehearsal
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, compute: Callable[[], Tensor | None]) -> tuple[Replay, Tensor | None]:
-        """Run `compute` once, which compiles kernels and connects groups, then record it.
+        """Run `compute` once in rehearsal, which compiles and loads kernels, then record it.
 
         Other threads may go on using the device: only this one's calls are watched. `torch.cuda.graph`
         would collect garbage and empty the allocator's cache first, which they would feel.
         """
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            compute()
+            with self._rehearsal():
+                compute()
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -18,7 +18,7 @@ from serving.engine.layers import Parts
 from serving.engine.models import make_decoder
 from serving.engine.native import FusedNumerics, NativeNumerics, fused_on
 from serving.engine.numerics import Numerics
-from serving.engine.place import Communicator, Place
+from serving.engine.place import Communicator, Place, Rehearsed
 from serving.engine.sampler import sample
 from serving.engine.step import StepTensors
 
@@ -41,10 +41,10 @@ class ShardModel:
         cache: KvCache,
         timeout_s: float = 20.0,
     ) -> None:
-        self.spec, self.place, self._cache, self._comm = spec, place, cache, comm
+        self.spec, self.place, self._cache, self._comm = spec, place, cache, Rehearsed(comm)
         self._timeout_s = timeout_s
         self._numerics = make_numerics(numerics, spec, cache.dtype, cache.device)
-        self._decoder = make_decoder(Parts(spec, place, weights, self._numerics, comm), cache)
+        self._decoder = make_decoder(Parts(spec, place, weights, self._numerics, self._comm), cache)
         self._graphs: DecodeGraphs | None = None
 
     @property
@@ -61,8 +61,9 @@ class ShardModel:
     def warm(self, sizes: Sequence[int]) -> dict[int, float]:
         """Record decode steps of these batch sizes, so that from now on they are replayed; milliseconds each took.
 
-        Collective over the shards, in any thread, before the first `forward` or between two; touches
-        nobody's KV. Does nothing where steps cannot be recorded: on a CPU, or with exact numerics.
+        Collective over the shards, in any thread, before the first `forward` or between two; touches nobody's
+        KV, and runs no kernel that waits for another shard: an older layout may be at work. Does nothing where
+        steps cannot be recorded: on a CPU, or with exact numerics.
         """
         if not self._numerics.paged or self._cache.device.type != "cuda":
             return {}
@@ -71,6 +72,7 @@ class ShardModel:
                 self._decode,
                 self._cache,
                 width=None if self.place.first else self.spec.hidden,
+                rehearsal=self._comm.silenced,
                 most_blocks=min(self._cache.blocks, blocks_for(self.spec.max_positions, self._cache.block_tokens)),
             )
         return self._graphs.capture(sizes)

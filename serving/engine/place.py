@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +75,36 @@ class Communicator(Protocol):
     def gather(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor | None:
         """On rank 0 the shards' `[n, sizes[rank]]` side by side along the last dimension; None elsewhere."""
         ...
+
+
+class Rehearsed:
+    """A communicator that can be silenced: then nothing is exchanged, and results have the shape but not the values.
+
+    Kernels of a group must not run beside those of another group, and a step can be tried out without them.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm, self.rank, self.size = comm, comm.rank, comm.size
+        self._silent = False
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """The block exchanges nothing."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """See `Communicator`."""
+        return tensor if self._silent else self._comm.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        """See `Communicator`."""
+        if not self._silent:
+            return self._comm.gather(tensor, sizes)
+        return None if self.rank else tensor.new_zeros(*tensor.shape[:-1], sum(sizes))
 
 
 class SoloCommunicator:

@@ -23,6 +23,7 @@ from serving.settings import EngineSettings
 from serving.worker.groups import Group, Waiting
 from serving.worker.movement import HeldTensor
 from serving.worker.replica import Position
+from serving.worker.window import Windows
 
 
 def compute_device(engine: EngineSettings, index: int) -> torch.device:
@@ -60,7 +61,14 @@ class Build:
     engine: EngineSettings
 
     def group(
-        self, name: str, members: Sequence[str], own: str, *, waiting: Waiting | None = None, first: int = 0
+        self,
+        name: str,
+        members: Sequence[str],
+        own: str,
+        *,
+        waiting: Waiting | None = None,
+        first: int = 0,
+        windows: Windows | None = None,
     ) -> Group:
         """Meet `members` (rank order, the first of them rank `first` of its replica); collective."""
         prefix = f"{self.epoch}/{name}"
@@ -74,6 +82,7 @@ class Build:
             timeout_s=self.timeout_s,
             waiting=waiting,
             first=first,
+            windows=windows,
         )
 
 
@@ -112,4 +121,4 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
         timeout_s=build.timeout_s,
     )
     model.warm(graph_sizes(role.max_batch))
-    return Position(role, model, cache, group, model.draw)
+    return Position(role, model, cache, group, model.draw, comm)

@@ -9,7 +9,7 @@ makes every peer that waits on it fail in turn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from serving.errors import PerennialError
+from serving.worker.window import Lane, Windows
 
 _PACKET_BYTES = 8192
 _LENGTH_BYTES = 8
@@ -76,16 +78,22 @@ class Exchange:
         self._group, self._pending, self._receives = group, pending, receives
 
     def wait(self) -> None:
-        """Until all is there; on CUDA the current stream waits, not the caller. Raises `GroupBroken`."""
+        """Until all is there, or on CUDA will be on the current stream. Raises `GroupBroken`."""
         for tensor, peer in self._receives:
-            self._group.receive(tensor, peer)
+            self._group.end_exchange(tensor, peer)
         for part in self._pending:
             part.wait()
 
 
 def _wait(work: dist.Work) -> None:
-    try:
+    with _broken_groups():
         work.wait()
+
+
+@contextmanager
+def _broken_groups() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         raise GroupBroken(str(error).splitlines()[0][:200]) from error
 
@@ -94,8 +102,9 @@ class Group:
     """Ranks 0 … size−1 that exchange bytes and tensors. Blocking calls give up after `timeout_s`.
 
     Construction is collective: it returns once all ranks have met in `store` under `prefix`. NCCL takes one
-    rank per GPU; where ranks share one, the tensors of the group go through host memory instead. `waiting`
-    is kept up to date, in ranks that count from `first` on.
+    rank per GPU; where ranks share one, the tensors of the group go through host memory instead. A group
+    that works beside others' steps has `windows` instead of NCCL. `waiting` is kept up to date, in ranks
+    that count from `first` on.
     """
 
     def __init__(
@@ -110,16 +119,20 @@ class Group:
         timeout_s: float,
         waiting: Waiting | None = None,
         first: int = 0,
+        windows: Windows | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.waiting, self._first = waiting or Waiting(), first
         self._nccl: Any = None  # torch's CPU builds have no type for it
+        self._lanes: dict[int, Lane] = {}
         self._aborted = False
         if size == 1:
             return
         try:
             self._gloo = _gloo(dist.PrefixStore(f"{prefix}/gloo", store), rank, size, host, timeout_s)
-            if device.type == "cuda" and _on_distinct_gpus(
+            if windows is not None:
+                self._lanes = windows.meet(dist.PrefixStore(f"{prefix}/windows", store), self._gloo, rank, size)
+            elif device.type == "cuda" and _on_distinct_gpus(
                 dist.PrefixStore(f"{prefix}/gpu", store), rank, size, device
             ):
                 self._nccl = _nccl(dist.PrefixStore(f"{prefix}/nccl", store), rank, size, device, timeout_s)
@@ -212,6 +225,8 @@ class Group:
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
+        if self._nccl is not None:
+            return self._gather_directly(tensor, sizes)
         if self.rank:
             self.send(tensor, 0).wait()
             return None
@@ -219,39 +234,45 @@ class Group:
         others = [self.receive(tensor.new_empty(rows, sizes[peer]), peer) for peer in range(1, self.size)]
         return torch.cat([tensor, *others], dim=-1)
 
+    def _gather_directly(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        """By a collective: for messages NCCL would connect pairs at their first, which must not be in a recording."""
+        padded = functional.pad(tensor, (0, max(sizes) - tensor.shape[1]))
+        parts = tensor.new_empty(self.size, *padded.shape)
+        _wait(self._nccl._allgather_base(parts, padded))
+        self.check()
+        return None if self.rank else torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], -1)
+
     @property
     def direct(self) -> bool:
-        """Whether tensors go from GPU to GPU."""
-        return self.size > 1 and self._nccl is not None
-
-    def connect(self, sends: Iterable[int], receives: Iterable[int]) -> None:
-        """Be ready to exchange with these peers, who are to call it too: NCCL connects a pair at its first message."""
-        if not self.direct:
-            return
-        mark = torch.zeros(1, device=self.device)
-        self.exchange([(mark, peer) for peer in sends], [(torch.empty_like(mark), peer) for peer in receives])
-
-    def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
-        """Swap contiguous tensors with peers; those between one pair match in order. Returns when done."""
-        self.begin_exchange(sends, receives).wait()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-            self.check()
+        """Whether every peer reads this GPU's memory, and this one theirs."""
+        return len(self._lanes) == self.size - 1
 
     def begin_exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
-        """As `exchange`, but what follows goes on meanwhile."""
-        if not self.direct:
-            return Exchange(self, [self.send(tensor, peer) for tensor, peer in sends], receives)
-        if not sends and not receives:
-            return Exchange(self, [], [])
-        # One NCCL group call: a pair that sends to each other would otherwise wait on itself.
-        self._nccl._start_coalescing()
+        """Swap contiguous tensors with peers; those between one pair match in order. More may begin before the
+        first has ended, up to two.
+        """
+        pending = []
         for tensor, peer in sends:
-            self._nccl.send([tensor], peer, 0)
-        for tensor, peer in receives:
-            self._nccl.recv([tensor], peer, 0)
-        tensors = [tensor for tensor, _ in (*sends, *receives)]
-        return Exchange(self, [Pending([self._nccl._end_coalescing()], tensors, self.waiting, self._first)], [])
+            if peer in self._lanes:
+                with _broken_groups():
+                    self._lanes[peer].post(tensor)
+            else:
+                pending.append(self._start(self._gloo, tensor.cpu(), peer))
+        return Exchange(self, pending, receives)
+
+    def end_exchange(self, tensor: Tensor, peer: int) -> None:
+        """Receive one tensor of an exchange."""
+        if peer not in self._lanes:
+            self.receive(tensor, peer)
+            return
+        with self.waiting.on(self._first + peer), _broken_groups():
+            self._lanes[peer].fetch(tensor)
+
+    def flush(self) -> None:
+        """All exchanges have ended, for the peers too."""
+        for lane in self._lanes.values():
+            with _broken_groups():
+                lane.flush()
 
     def check(self) -> None:
         """Raise `GroupBroken` if the group was aborted: what a cut collective left behind is not data."""

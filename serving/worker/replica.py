@@ -78,7 +78,16 @@ class Position:
     cache: KvCache
     group: Group
     draw: Callable[[Tensor | None, StepPlan], list[SampledToken]]
+    comm: Group | None = None  # of the stage's shards
     index: KvIndex = field(default_factory=KvIndex)
+
+    def abort(self) -> None:
+        """From any thread: make whatever this rank waits for fail. All groups: a kernel that waits in one of them
+        would hold up everything that has to wait for the device, the end of the others included.
+        """
+        for group in (self.comm, self.group):
+            if group is not None:
+                group.abort()
 
     @property
     def stage(self) -> int:
@@ -145,7 +154,7 @@ class StepLoop(threading.Thread, ABC):
     def discard(self) -> None:
         """From any thread: stop without a word, whatever the loop is doing; its state is void."""
         self._stopped.set()
-        self.position.group.abort()
+        self.position.abort()
 
     @abstractmethod
     def _loop(self) -> None:

@@ -39,7 +39,7 @@ class Cargo(Protocol[C_contra]):
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes sent and received, and the seconds that it took, packing included and connecting not."""
+    """Bytes sent and received, and the seconds that it took, packing included."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -55,7 +55,7 @@ class _Round(Generic[C]):
 
 class Rounds(Generic[C]):
     """Exchanges over `group`. Where messages go through host memory only `share` of the time is spent on them:
-    on the processors that they need, others decode. Messages between GPUs are short and need no such care.
+    others decode on the processors that they need. Copies between GPUs take neither processors nor kernels.
     """
 
     def __init__(self, group: Group, cargo: Cargo[C], share: float = 1.0) -> None:
@@ -64,7 +64,6 @@ class Rounds(Generic[C]):
 
     def run(self, sends: Mapping[int, Iterable[C]], receives: Mapping[int, Iterable[C]]) -> Traffic:
         """Exchange everything, by rank of the peer. Raises `GroupBroken` if a peer is lost."""
-        self._group.connect(sends, receives)
         began = resumed = time.monotonic()
         sent = received = 0
         under_way: deque[_Round[C]] = deque()
@@ -99,6 +98,7 @@ class Rounds(Generic[C]):
         return time.monotonic()
 
     def _settle(self) -> None:
+        self._group.flush()
         if self._group.device.type == "cuda":
             torch.cuda.current_stream(self._group.device).synchronize()
         self._group.check()

@@ -34,6 +34,7 @@ from serving.worker.movement import HeldTensor, WeightMover
 from serving.worker.pulse import Pulse
 from serving.worker.replica import Follower, Leader, Position, StepLoop
 from serving.worker.rounds import Traffic
+from serving.worker.window import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,10 @@ class Worker:
         self.name = f"{instance}/{index}"
         self._settings, self._instance, self._index = settings, instance, index
         self._device = compute_device(settings.engine, index)
+        cuda = self._device.type == "cuda"
         # Everything beside the step loop shares one stream: the memory of another would not be reused.
-        self._side_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._side_stream = torch.cuda.Stream(self._device) if cuda else None
+        self._windows = Windows(self._device, settings.capacity.transfer_bytes) if cuda else None
         self._spec = read_spec(settings.checkpoint)
         self._reader = CheckpointReader(settings.checkpoint)
         self._held: dict[str, HeldTensor] = {}
@@ -193,7 +196,7 @@ class Worker:
             timeout_s=timeouts.collective_s,
             engine=self._settings.engine,
         )
-        world = build.group("world", order.world, self.name)
+        world = build.group("world", order.world, self.name, windows=self._windows)
         mover = WeightMover(
             world,
             order.world,

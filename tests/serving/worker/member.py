@@ -83,7 +83,8 @@ def exchange(group: Group, sizes: list[int]) -> bool:
     peers = [peer for peer in range(group.size) if peer != group.rank]
     sends = [(values("float32", 10 * group.rank + peer, (size,)), peer) for size in sizes for peer in peers]
     receives = [(torch.empty(size), peer) for size in sizes for peer in peers]
-    group.exchange(sends, receives)
+    group.begin_exchange(sends, receives).wait()
+    group.flush()
     expected = [values("float32", 10 * peer + group.rank, (size,)) for size in sizes for peer in peers]
     return all(torch.equal(got, want) for (got, _), want in zip(receives, expected, strict=True))
 

@@ -1,0 +1,148 @@
+"""Memory of one GPU that processes of other GPUs of its host read: how tensors move beside running replicas.
+
+Copies between GPUs need no kernel that waits for a peer. Two NCCL groups side by side do: a kernel of one
+can keep that of the other from starting on one GPU, and the other way round on the next, for ever.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_SLOTS = 24  # of a window; a lane needs three
+_LEAST_SLOTS = 3
+_READY, _READ = 1, 2  # tags of what a lane says, apart from the group's other messages
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class _Card(msgspec.Struct, frozen=True):
+    """Who somebody is: its window, and the host it is on."""
+
+    window: str
+    host: str
+    slot_bytes: int
+
+
+class Windows:
+    """The window of this process, made when a peer on this host is met, and those of its peers."""
+
+    def __init__(self, device: torch.device, slot_bytes: int) -> None:
+        self._device, self._slot_bytes = device, slot_bytes
+        self._name = uuid.uuid4().hex
+        self._own: Tensor | None = None
+        self._tickets: dict[str, bytes] = {}
+        self._theirs: dict[str, Tensor] = {}
+
+    def meet(self, store: dist.Store, gloo: Any, rank: int, size: int) -> dict[int, Lane]:
+        """Lanes to the ranks of this host that can read each other's memory; collective."""
+        cards = self._introduce(store, rank, size)
+        here = [peer for peer, card in cards.items() if card.host == cards[rank].host and peer != rank]
+        slots = _SLOTS // max(1, len(here))
+        if slots < _LEAST_SLOTS or len({cards[peer].slot_bytes for peer in (*here, rank)}) > 1:
+            return {}
+        for peer in here:
+            store.set(f"ticket/{rank}/{peer}", self._ticket(cards[peer].window).hex())
+        tickets = {peer: bytes.fromhex(store.get(f"ticket/{peer}/{rank}").decode()) for peer in here}
+        opened = {peer: self._open(cards[peer].window, tickets[peer]) for peer in here}
+        for peer, theirs in opened.items():
+            store.set(f"opened/{rank}/{peer}", "0" if theirs is None else "1")
+        self._theirs = {cards[peer].window: theirs for peer, theirs in opened.items() if theirs is not None}
+        return {
+            peer: Lane(gloo, peer, self._slots(index * slots, slots), self._cut(theirs))
+            for index, (peer, theirs) in enumerate(opened.items())
+            if theirs is not None and bytes(store.get(f"opened/{peer}/{rank}")) == b"1"
+        }
+
+    def _introduce(self, store: dist.Store, rank: int, size: int) -> dict[int, _Card]:
+        card = _Card(self._name, _BOOT.read_text(encoding="ascii").strip(), self._slot_bytes)
+        store.set(f"card/{rank}", msgspec.json.encode(card).decode())
+        return {peer: msgspec.json.decode(bytes(store.get(f"card/{peer}")), type=_Card) for peer in range(size)}
+
+    def _ticket(self, reader: str) -> bytes:
+        """What `reader` opens this window with: one for each, the framework counts them."""
+        if self._own is None:
+            self._own = torch.empty(_SLOTS * self._slot_bytes, dtype=torch.uint8, device=self._device)
+        if reader not in self._tickets:
+            self._tickets[reader] = msgspec.msgpack.encode(self._own.untyped_storage()._share_cuda_())
+        return self._tickets[reader]
+
+    def _open(self, window: str, ticket: bytes) -> Tensor | None:
+        if window in self._theirs:
+            return self._theirs[window]
+        _, *parts = msgspec.msgpack.decode(ticket)
+        try:
+            storage: Any = torch.UntypedStorage._new_shared_cuda(self._device.index or 0, *parts)
+        except RuntimeError:
+            return None  # a container may forbid it
+        theirs = torch.empty(0, dtype=torch.uint8, device=self._device)
+        return theirs.set_(storage, 0, (_SLOTS * self._slot_bytes,), (1,))
+
+    def _slots(self, first: int, count: int) -> list[tuple[int, Tensor]]:
+        assert self._own is not None
+        return list(enumerate(self._cut(self._own)))[first : first + count]
+
+    def _cut(self, window: Tensor) -> list[Tensor]:
+        return list(window.split(self._slot_bytes))
+
+
+class Lane:
+    """Messages to and from one peer, each at most as large as a slot: the sender fills a slot of its window and
+    says so, the receiver reads it and says so. What it says goes over `gloo`.
+    """
+
+    def __init__(self, gloo: Any, peer: int, own: list[tuple[int, Tensor]], theirs: list[Tensor]) -> None:
+        self._gloo, self._peer, self._own, self._theirs = gloo, peer, dict(own), theirs
+        self._free = deque(self._own)
+        self._said: deque[tuple[dist.Work, Tensor]] = deque()
+        self._reading: deque[tuple[int, torch.cuda.Event]] = deque()
+
+    def post(self, tensor: Tensor) -> None:
+        """Send a contiguous tensor; it may be changed afterwards. Raises `RuntimeError` if the peer is lost."""
+        if not self._free:
+            self._free.append(self._hear(_READ))
+        slot = self._free.popleft()
+        data = tensor.view(-1).view(torch.uint8)
+        self._own[slot][: data.numel()].copy_(data)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        self._say(slot, _READY)
+
+    def fetch(self, tensor: Tensor) -> None:
+        """Receive a contiguous tensor on the current stream; `flush` at last."""
+        slot = self._hear(_READY)
+        data = tensor.view(-1).view(torch.uint8)
+        data.copy_(self._theirs[slot][: data.numel()], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(tensor.device))
+        self._reading.append((slot, event))
+        if len(self._reading) > 1:  # one is read while the next is awaited
+            self._done()
+
+    def flush(self) -> None:
+        """Everything that was fetched is there, and the peer knows."""
+        while self._reading:
+            self._done()
+        while self._said:
+            self._said.popleft()[0].wait()
+
+    def _done(self) -> None:
+        slot, event = self._reading.popleft()
+        event.synchronize()
+        self._say(slot, _READ)
+
+    def _say(self, slot: int, tag: int) -> None:
+        word = torch.tensor([slot])
+        self._said.append((self._gloo.send([word], self._peer, tag), word))
+        while len(self._said) > 2 * _SLOTS:
+            self._said.popleft()[0].wait()
+
+    def _hear(self, tag: int) -> int:
+        word = torch.zeros(1, dtype=torch.int64)
+        self._gloo.recv([word], self._peer, tag).wait()
+        return int(word)
