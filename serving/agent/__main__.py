@@ -49,7 +49,11 @@ def main() -> int:
     parser.add_argument("--grace-s", type=float, default=30.0, help="left at SIGTERM, or when a source does not say")
     parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
     arguments = parser.parse_args()
-    logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
+    logging.basicConfig(
+        level=os.environ.get("PERENNIAL_LOG", "WARNING"),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s:%(name)s: %(message)s",
+    )
     lifeline.explain_on_signal()
     if arguments.lifeline:
         lifeline.watch_stdin()

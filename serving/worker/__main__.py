@@ -30,7 +30,11 @@ def main() -> int:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--index", type=int, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=os.environ.get("PERENNIAL_LOG", "WARNING"), stream=sys.stderr)
+    logging.basicConfig(
+        level=os.environ.get("PERENNIAL_LOG", "WARNING"),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s:%(name)s: %(message)s",
+    )
     lifeline.explain_on_signal()
     lifeline.watch_stdin()
     try:

@@ -8,7 +8,9 @@ makes every peer that waits on it fail in turn.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from torch.nn import functional
 
 from serving.errors import PerennialError
 from serving.worker.window import Lane, Windows
+
+logger = logging.getLogger(__name__)
 
 _PACKET_BYTES = 8192
 _LENGTH_BYTES = 8
@@ -286,7 +290,12 @@ class Group:
         """
         self._aborted = True
         if self._nccl is not None:
-            threading.Thread(target=self._nccl.abort, name="abort", daemon=True).start()
+            threading.Thread(target=self._abort_nccl, name="abort", daemon=True).start()
+
+    def _abort_nccl(self) -> None:
+        began = time.monotonic()
+        self._nccl.abort()
+        logger.info("NCCL's abort returned after %.2f s", time.monotonic() - began)
 
 
 def _on_distinct_gpus(store: dist.Store, rank: int, size: int, device: torch.device) -> bool:

@@ -136,6 +136,7 @@ class StepLoop(threading.Thread, ABC):
                 if not isinstance(error, GroupBroken):
                     logger.exception("replica %d broke", self.position.role.replica)
                 self._fail(f"{type(error).__name__}: {error}")
+        logger.info("the loop of replica %d has ended", self.position.role.replica)
 
     @property
     def waiting(self) -> Waiting:

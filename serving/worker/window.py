@@ -100,40 +100,48 @@ class Lane:
     def __init__(self, gloo: Any, peer: int, own: list[tuple[int, Tensor]], theirs: list[Tensor]) -> None:
         self._gloo, self._peer, self._own, self._theirs = gloo, peer, dict(own), theirs
         self._free = deque(self._own)
+        self._unread = 0  # slots that are with the peer
         self._said: deque[tuple[dist.Work, Tensor]] = deque()
-        self._reading: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._reading: deque[tuple[int, torch.cuda.Event | None]] = deque()
 
     def post(self, tensor: Tensor) -> None:
         """Send a contiguous tensor; it may be changed afterwards. Raises `RuntimeError` if the peer is lost."""
         if not self._free:
-            self._free.append(self._hear(_READ))
+            self._take_back()
         slot = self._free.popleft()
         data = tensor.view(-1).view(torch.uint8)
         self._own[slot][: data.numel()].copy_(data)
-        torch.cuda.current_stream(tensor.device).synchronize()
+        if (written := _event(tensor.device)) is not None:
+            written.synchronize()
         self._say(slot, _READY)
+        self._unread += 1
+
+    def _take_back(self) -> None:
+        self._free.append(self._hear(_READ))
+        self._unread -= 1
 
     def fetch(self, tensor: Tensor) -> None:
         """Receive a contiguous tensor on the current stream; `flush` at last."""
         slot = self._hear(_READY)
         data = tensor.view(-1).view(torch.uint8)
         data.copy_(self._theirs[slot][: data.numel()], non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(tensor.device))
-        self._reading.append((slot, event))
+        self._reading.append((slot, _event(tensor.device)))
         if len(self._reading) > 1:  # one is read while the next is awaited
             self._done()
 
     def flush(self) -> None:
-        """Everything that was fetched is there, and the peer knows."""
+        """Everything that was fetched is there, and everything that was posted is at the peer; for both to call."""
         while self._reading:
             self._done()
+        while self._unread:
+            self._take_back()
         while self._said:
             self._said.popleft()[0].wait()
 
     def _done(self) -> None:
-        slot, event = self._reading.popleft()
-        event.synchronize()
+        slot, read = self._reading.popleft()
+        if read is not None:
+            read.synchronize()
         self._say(slot, _READ)
 
     def _say(self, slot: int, tag: int) -> None:
@@ -146,3 +154,12 @@ class Lane:
         word = torch.zeros(1, dtype=torch.int64)
         self._gloo.recv([word], self._peer, tag).wait()
         return int(word)
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """A point of the current stream; on a CPU everything before it has happened."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
