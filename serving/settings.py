@@ -40,6 +40,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     finished_kept: int = 4096  # finished requests that can still be attached to
     recoveries: int = 100  # reconfigurations a request may live through before ABORTED
     transfer_bytes: int = 64 << 20  # largest single point-to-point message
+    window_bytes: int = 768 << 20  # of GPU memory that workers of other GPUs of the host read
     copy_share: float = 0.5  # of the time, moving KV while replicas decode
 
 

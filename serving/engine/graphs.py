@@ -24,6 +24,9 @@ Compute = Callable[[StepTensors, Tensor | None], Tensor | None]
 
 Replay = Callable[[], None]
 
+Record = Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]]
+"""Turns a computation into its replay and its static output."""
+
 _ALIGNED = 4  # ids that start on 16 bytes: other addresses would be compiled for once more
 
 
@@ -48,7 +51,7 @@ class DecodeGraphs:
         width: int | None,
         most_blocks: int,
         rehearsal: Callable[[], AbstractContextManager[None]] = nullcontext,
-        record: Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]] | None = None,
+        record: Record | None = None,
     ) -> None:
         self._compute, self._cache, self._width, self._most_blocks = compute, cache, width, most_blocks
         self._record = record or GraphRecorder(cache.device, rehearsal).record

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.blocks import BlockAllocator, blocks_for
+from serving.engine.kernels import fused_on
 
 __all__ = ["BlockAllocator", "KvCache", "blocks_for", "slots"]
 
@@ -40,6 +44,9 @@ class KvCache:
         shape = (layers[1] - layers[0], 2, blocks + 1, block_tokens, heads[1] - heads[0], head_dim)
         self._paged = (torch.zeros if clean else torch.empty)(shape, dtype=dtype, device=device)
         self._flat = self._paged.view(shape[0], 2, (blocks + 1) * block_tokens, *shape[4:])
+        self._kernels: Any = None
+        if fused_on(self._flat.device):
+            self._kernels = import_module("serving.engine.rows")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,11 +93,35 @@ class KvCache:
 
     def gather(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
         """A contiguous copy `[layers, 2, slots, heads, head_dim]` of cells, of absolute ranges held here."""
-        return self._box(layers, heads).index_select(2, slots).contiguous()
+        box = self._box(layers, heads)
+        if self._kernels is not None:
+            gathered: Tensor = self._kernels.gather_rows(box, slots)
+            return gathered
+        return self._gather_runs(box, slots, torch.empty(_packed(box, slots), dtype=self.dtype))
+
+    def upload(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], device: torch.device) -> Tensor:
+        """`gather` from host memory to a GPU: layer by layer, each packed while the one before is copied."""
+        box = self._box(layers, heads)
+        out = torch.empty(_packed(box, slots), dtype=self.dtype, device=device)
+        for part, target in zip(box.split(1), out.split(1), strict=True):
+            pinned = torch.empty(target.shape, dtype=self.dtype, pin_memory=True)
+            target.copy_(self._gather_runs(part, slots, pinned), non_blocking=True)
+        return out
+
+    @staticmethod
+    def _gather_runs(box: Tensor, slots: Tensor, out: Tensor) -> Tensor:
+        for at, start, count in _runs(slots):
+            out[:, :, at : at + count].copy_(box[:, :, start : start + count])
+        return out
 
     def scatter(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], data: Tensor) -> None:
         """Store what `gather` returned, perhaps elsewhere, for as many slots and the same ranges."""
-        self._box(layers, heads).index_copy_(2, slots, data.to(self._flat.device, self._flat.dtype))
+        box, data = self._box(layers, heads), data.to(self._flat.device, self._flat.dtype)
+        if self._kernels is not None:
+            self._kernels.scatter_rows(box, slots, data)
+            return
+        for at, start, count in _runs(slots):
+            box[:, :, start : start + count].copy_(data[:, :, at : at + count])
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> npt.NDArray[np.int64]:
         """Where tokens `start` … `stop` - 1 of a sequence with this block table are."""
@@ -108,6 +139,20 @@ class KvCache:
 
     def _slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
         return torch.from_numpy(self.slots(blocks, 0, tokens)).to(self.device)
+
+
+def _packed(box: Tensor, slots: Tensor) -> tuple[int, ...]:
+    return *box.shape[:2], len(slots), *box.shape[3:]
+
+
+def _runs(slots: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(position, first slot, count) of every stretch of consecutive slots: on a CPU slices are copied the quickest."""
+    found = slots.numpy()
+    if not len(found):
+        return
+    cuts = np.flatnonzero(np.diff(found) != 1) + 1
+    for at, stop in pairwise([0, *cuts.tolist(), len(found)]):
+        yield at, int(found[at]), stop - at
 
 
 def slots(blocks: Sequence[int], start: int, stop: int, block_tokens: int) -> npt.NDArray[np.int64]:

@@ -12,11 +12,12 @@ from data.models import ModelSpec
 from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.blocks import blocks_for
 from serving.engine.exact import ExactNumerics
-from serving.engine.graphs import DecodeGraphs
+from serving.engine.graphs import Compute, DecodeGraphs, Record
+from serving.engine.kernels import fused_on
 from serving.engine.kv_cache import KvCache
 from serving.engine.layers import Parts
-from serving.engine.models import make_decoder
-from serving.engine.native import FusedNumerics, NativeNumerics, fused_on
+from serving.engine.models import Decoder, make_decoder
+from serving.engine.native import FusedNumerics, NativeNumerics
 from serving.engine.numerics import Numerics
 from serving.engine.place import Communicator, Place, Rehearsed
 from serving.engine.sampler import sample
@@ -68,14 +69,18 @@ class ShardModel:
         if not self._numerics.paged or self._cache.device.type != "cuda":
             return {}
         if self._graphs is None:
-            self._graphs = DecodeGraphs(
-                self._decode,
-                self._cache,
-                width=None if self.place.first else self.spec.hidden,
-                rehearsal=self._comm.silenced,
-                most_blocks=min(self._cache.blocks, blocks_for(self.spec.max_positions, self._cache.block_tokens)),
-            )
+            self._graphs = self._recordings()
         return self._graphs.capture(sizes)
+
+    def _recordings(self, record: Record | None = None) -> DecodeGraphs:
+        return DecodeGraphs(
+            _decoding(self._decoder, self.place),
+            self._cache,
+            width=None if self.place.first else self.spec.hidden,
+            rehearsal=self._comm.silenced,
+            most_blocks=min(self._cache.blocks, blocks_for(self.spec.max_positions, self._cache.block_tokens)),
+            record=record,
+        )
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, hidden: Tensor | None) -> Tensor | None:
@@ -97,7 +102,7 @@ class ShardModel:
             device=self._cache.device,
             paged=self._numerics.paged,
         )
-        hidden = self._run_layers(step, hidden)
+        hidden = _run_layers(self._decoder, self.place, step, hidden)
         if not self.place.last:
             return hidden
         return self._decoder.logits(hidden.index_select(0, step.sampled)) if len(step.sampled) else None
@@ -108,17 +113,25 @@ class ShardModel:
             return []
         return sample(logits, plan, exact=not isinstance(self._numerics, NativeNumerics), timeout_s=self._timeout_s)
 
-    def _decode(self, step: StepTensors, hidden: Tensor | None) -> Tensor | None:
-        """A step all of whose rows are sampled."""
-        hidden = self._run_layers(step, hidden)
-        return self._decoder.logits(hidden) if self.place.last else hidden
 
-    def _run_layers(self, step: StepTensors, hidden: Tensor | None) -> Tensor:
-        if self.place.first:
-            hidden = self._decoder.embed(step)
-        if hidden is None:
-            raise ValueError("a stage after the first needs the activations of the stage before it")
-        return self._decoder.run_layers(hidden, step)
+def _run_layers(decoder: Decoder, place: Place, step: StepTensors, hidden: Tensor | None) -> Tensor:
+    if place.first:
+        hidden = decoder.embed(step)
+    if hidden is None:
+        raise ValueError("a stage after the first needs the activations of the stage before it")
+    return decoder.run_layers(hidden, step)
+
+
+def _decoding(decoder: Decoder, place: Place) -> Compute:
+    """A step all of whose rows are sampled. Not a method: a model that its recordings refer to would only go with
+    the next garbage collection, and its memory and groups with it, at whatever moment that comes.
+    """
+
+    def compute(step: StepTensors, hidden: Tensor | None) -> Tensor | None:
+        hidden = _run_layers(decoder, place, step, hidden)
+        return decoder.logits(hidden) if place.last else hidden
+
+    return compute
 
 
 def make_numerics(name: str, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Numerics:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -86,12 +84,6 @@ class FusedNumerics(NativeNumerics):
     def gate(self, gate: Tensor, up: Tensor) -> Tensor:
         """See `Numerics.gate`."""
         return self._fused.gated(gate, up)
-
-
-def fused_on(device: torch.device) -> bool:
-    """Whether `FusedNumerics` work there: on CUDA, or under the interpreter; torch for CUDA brings Triton along."""
-    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return runs and find_spec("triton") is not None
 
 
 def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def main() -> int:
     )
     lifeline.explain_on_signal()
     lifeline.watch_stdin()
+    lifeline.share_the_interpreter()
     try:
         asyncio.run(_serve(arguments))
     except PerennialError as error:

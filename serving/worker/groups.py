@@ -251,6 +251,10 @@ class Group:
         """Whether every peer reads this GPU's memory, and this one theirs."""
         return len(self._lanes) == self.size - 1
 
+    def message_bytes(self, otherwise: int) -> int:
+        """The largest message: a slot of the lanes where there is one to every peer; the same on every rank."""
+        return min((lane.slot_bytes for lane in self._lanes.values()), default=otherwise) if self.direct else otherwise
+
     def begin_exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
         """Swap contiguous tensors with peers; those between one pair match in order. More may begin before the
         first has ended, up to two.

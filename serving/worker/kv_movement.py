@@ -70,7 +70,8 @@ class KvMover:
             yield from self._chunks(one)
 
     def _chunks(self, pieces: KvPieces) -> Iterator[Chunk]:
-        return chunks(pieces, max(1, self.message_bytes // self.dtype.itemsize), self.head_dim)
+        limit = self.group.message_bytes(self.message_bytes) // self.dtype.itemsize
+        return chunks(pieces, max(1, limit), self.head_dim)
 
     def buffer(self, chunk: Chunk) -> Tensor:
         """See `Cargo`."""
@@ -79,8 +80,10 @@ class KvMover:
     def load(self, chunk: Chunk) -> Tensor:
         """See `Cargo`."""
         cache = self.read(chunk.pieces)
-        data = cache.gather(_slots(chunk, cache), chunk.layers, chunk.pieces.heads)
-        return data.to(self.group.device)
+        slots, heads, device = _slots(chunk, cache), chunk.pieces.heads, self.group.device
+        if cache.device.type == "cpu" and device.type == "cuda":
+            return cache.upload(slots, chunk.layers, heads, device)
+        return cache.gather(slots, chunk.layers, heads)
 
     def store(self, chunk: Chunk, data: Tensor) -> None:
         """See `Cargo`."""

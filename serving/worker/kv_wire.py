@@ -10,6 +10,7 @@ import zlib
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from serving.errors import TransportError
 
 _LENGTH_BYTES = 4
 _HEAD_BYTES = 4 << 20
+_PAGE_BYTES = 4096
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Head = TypeVar("Head")
@@ -38,7 +40,7 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
 class Frame(msgspec.Struct, frozen=True, array_like=True):
     """KV of tokens `start` … `stop` - 1 of sequences (key, start, stop), and those that are over.
 
-    The body is `[layers, 2, tokens of all spans, heads, head_dim]`; `crc` is its CRC-32.
+    The body is `[layers, 2, tokens of all spans, heads, head_dim]`; `crc` is its `checksum`.
     """
 
     number: int
@@ -88,8 +90,13 @@ def receive(
 
 
 def checksum(data: Tensor | memoryview) -> int:
-    """CRC-32 of some bytes."""
-    return zlib.crc32(data.numpy().data if isinstance(data, Tensor) else data)
+    """CRC-32 of the sums of 64-bit words of every 4 KiB, and of the bytes that are left: as quick as memory is read,
+    where a CRC of all would be slower than the link.
+    """
+    found = np.frombuffer(data.numpy().data if isinstance(data, Tensor) else data, np.uint8)
+    whole = found.size // _PAGE_BYTES * _PAGE_BYTES
+    sums = found[:whole].view(np.uint64).reshape(-1, _PAGE_BYTES // 8).sum(1, dtype=np.uint64)
+    return zlib.crc32(found[whole:].tobytes(), zlib.crc32(sums.tobytes()))
 
 
 def as_bytes(data: Tensor) -> memoryview:

@@ -72,7 +72,7 @@ class WeightMover:
         return WeightResult(self._tensors, local_bytes, disk_bytes, traffic)
 
     def _queues(self, pieces: Sequence[WeightPieces]) -> dict[int, Iterator[list[Box]]]:
-        limit = max(1, self.message_bytes // self.dtype.itemsize)
+        limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
         by_peer: dict[int, list[Box]] = {}
         for one in pieces:
             if one.peer is not None:

@@ -50,6 +50,7 @@ _token_decoder = msgspec.msgpack.Decoder(list[SampledToken])
 _encode = msgspec.msgpack.Encoder().encode
 _STOP = b""  # instead of a plan: leave the loop
 _WINDOW = 4  # reports that may be on their way to the journal before the leader waits
+_LONG_STEP_S = 0.05  # worth a line in the log
 _IDLE_STEP = -1  # a plan with this number only shows that the leader lives
 
 
@@ -338,8 +339,13 @@ class Leader(StepLoop):
             return False
         self._broadcast(_encode(plan))
         logits = self._compute(plan)
+        launched = time.monotonic()
         drawn = self.position.draw(logits, plan) if self.position.role.rank == self.position.tail else None
         self._in_flight.append((plan, drawn))
+        if (ended := time.monotonic()) - now > _LONG_STEP_S:
+            rows = sum(len(one.tokens) for one in plan.sequences)
+            spent_ms = 1e3 * (launched - now), 1e3 * (ended - now)
+            logger.info("a step of %d rows: %.0f ms to launch, %.0f in all", rows, *spent_ms)
         return True
 
     def _collect(self) -> None:

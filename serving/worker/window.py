@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SLOTS = 24  # of a window; a lane needs three
-_LEAST_SLOTS = 3
+_SLOTS = 3  # of a lane: one is filled, one is read, and of one it is said that it was read
+_ALIGNMENT = 4096
 _READY, _READ = 1, 2  # tags of what a lane says, apart from the group's other messages
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -27,14 +27,14 @@ class _Card(msgspec.Struct, frozen=True):
 
     window: str
     host: str
-    slot_bytes: int
+    window_bytes: int
 
 
 class Windows:
     """The window of this process, made when a peer on this host is met, and those of its peers."""
 
-    def __init__(self, device: torch.device, slot_bytes: int) -> None:
-        self._device, self._slot_bytes = device, slot_bytes
+    def __init__(self, device: torch.device, window_bytes: int) -> None:
+        self._device, self._window_bytes = device, window_bytes
         self._name = uuid.uuid4().hex
         self._own: Tensor | None = None
         self._tickets: dict[str, bytes] = {}
@@ -44,8 +44,8 @@ class Windows:
         """Lanes to the ranks of this host that can read each other's memory; collective."""
         cards = self._introduce(store, rank, size)
         here = [peer for peer, card in cards.items() if card.host == cards[rank].host and peer != rank]
-        slots = _SLOTS // max(1, len(here))
-        if slots < _LEAST_SLOTS or len({cards[peer].slot_bytes for peer in (*here, rank)}) > 1:
+        slot_bytes = self._window_bytes // (_SLOTS * max(1, len(here))) // _ALIGNMENT * _ALIGNMENT
+        if not slot_bytes or len({cards[peer].window_bytes for peer in (*here, rank)}) > 1:
             return {}
         for peer in here:
             store.set(f"ticket/{rank}/{peer}", self._ticket(cards[peer].window).hex())
@@ -55,20 +55,20 @@ class Windows:
             store.set(f"opened/{rank}/{peer}", "0" if theirs is None else "1")
         self._theirs = {cards[peer].window: theirs for peer, theirs in opened.items() if theirs is not None}
         return {
-            peer: Lane(gloo, peer, self._slots(index * slots, slots), self._cut(theirs))
+            peer: Lane(gloo, peer, self._part(index, slot_bytes), list(theirs.split(slot_bytes)))
             for index, (peer, theirs) in enumerate(opened.items())
             if theirs is not None and bytes(store.get(f"opened/{peer}/{rank}")) == b"1"
         }
 
     def _introduce(self, store: dist.Store, rank: int, size: int) -> dict[int, _Card]:
-        card = _Card(self._name, _BOOT.read_text(encoding="ascii").strip(), self._slot_bytes)
+        card = _Card(self._name, _BOOT.read_text(encoding="ascii").strip(), self._window_bytes)
         store.set(f"card/{rank}", msgspec.json.encode(card).decode())
         return {peer: msgspec.json.decode(bytes(store.get(f"card/{peer}")), type=_Card) for peer in range(size)}
 
     def _ticket(self, reader: str) -> bytes:
         """What `reader` opens this window with: one for each, the framework counts them."""
         if self._own is None:
-            self._own = torch.empty(_SLOTS * self._slot_bytes, dtype=torch.uint8, device=self._device)
+            self._own = torch.empty(self._window_bytes, dtype=torch.uint8, device=self._device)
         if reader not in self._tickets:
             self._tickets[reader] = msgspec.msgpack.encode(self._own.untyped_storage()._share_cuda_())
         return self._tickets[reader]
@@ -82,14 +82,11 @@ class Windows:
         except RuntimeError:
             return None  # a container may forbid it
         theirs = torch.empty(0, dtype=torch.uint8, device=self._device)
-        return theirs.set_(storage, 0, (_SLOTS * self._slot_bytes,), (1,))
+        return theirs.set_(storage, 0, (self._window_bytes,), (1,))
 
-    def _slots(self, first: int, count: int) -> list[tuple[int, Tensor]]:
+    def _part(self, lane: int, slot_bytes: int) -> list[tuple[int, Tensor]]:
         assert self._own is not None
-        return list(enumerate(self._cut(self._own)))[first : first + count]
-
-    def _cut(self, window: Tensor) -> list[Tensor]:
-        return list(window.split(self._slot_bytes))
+        return list(enumerate(self._own.split(slot_bytes)))[lane * _SLOTS : (lane + 1) * _SLOTS]
 
 
 class Lane:
@@ -103,6 +100,7 @@ class Lane:
         self._unread = 0  # slots that are with the peer
         self._said: deque[tuple[dist.Work, Tensor]] = deque()
         self._reading: deque[tuple[int, torch.cuda.Event | None]] = deque()
+        self.slot_bytes = len(theirs[0])
 
     def post(self, tensor: Tensor) -> None:
         """Send a contiguous tensor; it may be changed afterwards. Raises `RuntimeError` if the peer is lost."""
@@ -146,9 +144,8 @@ class Lane:
 
     def _say(self, slot: int, tag: int) -> None:
         word = torch.tensor([slot])
+        # Awaited at last: until then the peer may have reasons not to listen.
         self._said.append((self._gloo.send([word], self._peer, tag), word))
-        while len(self._said) > 2 * _SLOTS:
-            self._said.popleft()[0].wait()
 
     def _hear(self, tag: int) -> int:
         word = torch.zeros(1, dtype=torch.int64)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from planning.resharding import Box
+from serving import lifeline
 from serving import messages as m
 from serving.engine.kv_cache import KvCache
 from serving.engine.kv_index import Cached
@@ -67,7 +68,7 @@ class Worker:
         cuda = self._device.type == "cuda"
         # Everything beside the step loop shares one stream: the memory of another would not be reused.
         self._side_stream = torch.cuda.Stream(self._device) if cuda else None
-        self._windows = Windows(self._device, settings.capacity.transfer_bytes) if cuda else None
+        self._windows = Windows(self._device, settings.capacity.window_bytes) if cuda else None
         self._spec = read_spec(settings.checkpoint)
         self._reader = CheckpointReader(settings.checkpoint)
         self._held: dict[str, HeldTensor] = {}
@@ -209,6 +210,8 @@ class Worker:
         share = self._settings.capacity.copy_share if self._loop is not None else 1.0
         result = mover.run(order.needed, order.sends, order.receives, share=share)
         position = build_position(build, order.role, result.tensors) if order.role else None
+        if self._loop is None:
+            lifeline.settle()  # now nobody waits; in the first steps everybody would
         held = retained(self._held, result.tensors) if order.role else self._held
         with self._lock:
             if connection is not self._connection or order.epoch <= self._abandoned_through:

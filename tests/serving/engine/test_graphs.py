@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -217,3 +219,19 @@ def test_steps_are_bounded_in_time(whole: Part) -> None:
     with pytest.raises(TimeoutError, match="did not finish"):
         model.draw(model.forward(plan, None), plan)
     torch.cuda.synchronize()
+
+
+def test_a_model_goes_as_soon_as_nobody_holds_it() -> None:
+    """Its memory is wanted for the next layout, and destroying recordings in the middle of a step would show."""
+    place, cpu = Place((0, 2), 0, 1, first=True, last=True), torch.device("cpu")
+    cache = KvCache((0, 2), (0, 1), SPEC.head_dim, BLOCKS, BLOCK_TOKENS, torch.float32, cpu)
+    weights = random_weights(place, cpu)
+    model = ShardModel(SPEC, place, weights, numerics="native", comm=SoloCommunicator(), cache=cache)
+    model._graphs = model._recordings(rerun)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -142,3 +142,32 @@ def test_the_last_rows_of_a_context_need_no_mask(tokens: int, context: int) -> N
     q, k, v = (torch.randn(shape) for shape in shapes)
     visible = torch.ones(tokens, context, dtype=torch.bool).tril(context - tokens)[None]
     torch.testing.assert_close(attend_to_past(q, k, v), NativeNumerics(torch.float32).attend(q, k, v, visible))
+
+
+@pytest.mark.parametrize(("layers", "heads"), [((2, 5), (0, 3)), ((3, 4), (1, 2)), ((2, 3), (0, 2))])
+def test_rows_of_a_cache_are_packed_and_unpacked(
+    layers: tuple[int, int], heads: tuple[int, int], kernel_device: torch.device
+) -> None:
+    source, target = (several_layers(kernel_device) for _ in range(2))
+    slots = torch.tensor([3, 4, 5, 21, 0], device=kernel_device)
+    data, kept = source.gather(slots, layers, heads), target.gather(slots, layers, heads)
+    expected = [source.extract([slot // BLOCK_TOKENS], BLOCK_TOKENS, layers, heads) for slot in slots.tolist()]
+    for index, slot in enumerate(slots.tolist()):
+        assert torch.equal(data[:, :, index], expected[index][:, :, slot % BLOCK_TOKENS])
+    before = everything(target)
+    target.scatter(slots, layers, heads, data)
+    assert torch.equal(target.gather(slots, layers, heads), data)
+    target.scatter(slots, layers, heads, kept)
+    assert torch.equal(everything(target), before)  # nothing else was touched
+
+
+def several_layers(device: torch.device) -> KvCache:
+    cache = KvCache((2, 5), (0, 3), 24, 6, BLOCK_TOKENS, torch.bfloat16, device)
+    for layer in range(2, 5):
+        for pages in cache.pages(layer):
+            pages.normal_()
+    return cache
+
+
+def everything(cache: KvCache) -> Tensor:
+    return cache.extract(range(cache.blocks), cache.blocks * BLOCK_TOKENS, (2, 5), (0, 3))

@@ -53,3 +53,19 @@ def test_blocks_have_one_owner(wishes: list[int]) -> None:
         allocator.allocate(11)
     with pytest.raises(ValueError, match="not in use"):
         allocator.free([99])
+
+
+@pytest.mark.parametrize("slots", [[], [5], [4, 5, 6, 7], [9, 3, 4, 5, 0, 1, 11]])
+def test_slots_are_packed_and_unpacked_in_their_order(slots: list[int]) -> None:
+    source, target = (KvCache((1, 3), (0, 2), 3, 3, 4, torch.float32, "cpu") for _ in range(2))
+    for layer in (1, 2):
+        for pages in source.pages(layer):
+            pages.normal_()
+    index = torch.tensor(slots, dtype=torch.int64)
+    data = source.gather(index, (1, 3), (1, 2))
+    whole = source.extract(range(3), 12, (1, 3), (1, 2))
+    assert torch.equal(data, whole.index_select(2, index))
+    target.scatter(index, (1, 3), (1, 2), data)
+    found = target.extract(range(3), 12, (1, 3), (0, 2))
+    assert torch.equal(found[..., 1:, :].index_select(2, index), data)
+    assert found.count_nonzero() == data.count_nonzero()

@@ -24,11 +24,12 @@ def lanes() -> list[Lane]:
     found: list[Any] = [None, None]
 
     def meet(rank: int) -> None:
+        own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
         backend: Any = dist.ProcessGroupGloo
         options = backend._Options()
         options._timeout = timedelta(seconds=10)
         options._devices = [backend.create_device(hostname="127.0.0.1")]
-        found[rank] = backend(dist.PrefixStore("lane", store), rank, 2, options)
+        found[rank] = backend(dist.PrefixStore("lane", own), rank, 2, options)
 
     both(meet)
     windows = [[torch.zeros(SLOT_BYTES, dtype=torch.uint8) for _ in range(3)] for _ in range(2)]
