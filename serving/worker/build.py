@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,12 +26,16 @@ from serving.worker.movement import HeldTensor
 from serving.worker.replica import Position
 from serving.worker.window import Windows
 
+_COPYING_THREADS = 8
+
 
 def compute_device(engine: EngineSettings, index: int) -> torch.device:
     """The device of worker `index`. Raises `InvalidInput` if this host lacks it."""
     torch.set_num_threads(engine.threads)
     if engine.device == "cpu":
         return torch.device("cpu")
+    # Beside a GPU, processors only copy memory.
+    torch.set_num_threads(max(engine.threads, min(_COPYING_THREADS, (os.cpu_count() or 1) // 4)))
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise InvalidInput(f"device {engine.device}:{index} does not exist here; use --device cpu or fewer devices")
     device = torch.device("cuda", index)
