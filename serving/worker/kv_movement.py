@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from serving.engine.kv_cache import KvCache
 from serving.messages import KvPieces, KvSpan
 from serving.worker.groups import Group
 from serving.worker.rounds import Rounds, Traffic
+
+_SLOT_LISTS = 8  # that are worth keeping
 
 Caches = Callable[[KvPieces], KvCache]
 """The cache that pieces are read from or written to on this worker."""
@@ -48,6 +50,7 @@ class KvMover:
     head_dim: int
     dtype: torch.dtype
     message_bytes: int
+    _slots: dict[tuple[int, int], tuple[Chunk, Tensor]] = field(default_factory=dict)
 
     def run(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces], *, share: float = 1.0) -> Traffic:
         """Exchange everything; `share` as for `Rounds`. Raises `GroupBroken` if a peer is lost."""
@@ -80,7 +83,7 @@ class KvMover:
     def load(self, chunk: Chunk) -> Tensor:
         """See `Cargo`."""
         cache = self.read(chunk.pieces)
-        slots, heads, device = _slots(chunk, cache), chunk.pieces.heads, self.group.device
+        slots, heads, device = self._slots_of(chunk, cache), chunk.pieces.heads, self.group.device
         if cache.device.type == "cpu" and device.type == "cuda":
             return cache.upload(slots, chunk.layers, heads, device)
         return cache.gather(slots, chunk.layers, heads)
@@ -88,12 +91,18 @@ class KvMover:
     def store(self, chunk: Chunk, data: Tensor) -> None:
         """See `Cargo`."""
         cache = self.write(chunk.pieces)
-        cache.scatter(_slots(chunk, cache), chunk.layers, chunk.pieces.heads, data)
+        cache.scatter(self._slots_of(chunk, cache), chunk.layers, chunk.pieces.heads, data)
 
-
-def _slots(chunk: Chunk, cache: KvCache) -> Tensor:
-    found = [cache.slots(span.blocks, span.start, span.stop) for span in chunk.spans]
-    return torch.from_numpy(np.concatenate(found)).to(cache.device, non_blocking=True)
+    def _slots_of(self, chunk: Chunk, cache: KvCache) -> Tensor:
+        """Where the tokens of a chunk are: the same for one range of layers after the other."""
+        key = id(chunk.spans), id(cache)
+        if key not in self._slots:
+            if len(self._slots) > _SLOT_LISTS:
+                self._slots.clear()
+            found = [cache.slots(span.blocks, span.start, span.stop) for span in chunk.spans]
+            slots = torch.from_numpy(np.concatenate(found)).to(cache.device)
+            self._slots[key] = chunk, slots  # the chunk keeps its spans, and so their identity, alive
+        return self._slots[key][1]
 
 
 def chunks(pieces: KvPieces, limit: int, head_dim: int) -> Iterator[Chunk]:
@@ -101,9 +110,9 @@ def chunks(pieces: KvPieces, limit: int, head_dim: int) -> Iterator[Chunk]:
     token = 2 * (pieces.heads[1] - pieces.heads[0]) * head_dim
     for spans in _batches(pieces.spans, max(1, limit // token)):
         tokens = sum(span.stop - span.start for span in spans)
-        step = max(1, limit // (token * tokens))
+        step, together = max(1, limit // (token * tokens)), tuple(spans)
         for layer in range(pieces.layers[0], pieces.layers[1], step):
-            yield Chunk(pieces, (layer, min(layer + step, pieces.layers[1])), tuple(spans))
+            yield Chunk(pieces, (layer, min(layer + step, pieces.layers[1])), together)
 
 
 def _batches(spans: Sequence[KvSpan], most: int) -> Iterator[list[KvSpan]]:

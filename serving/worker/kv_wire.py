@@ -72,17 +72,38 @@ def send(connection: socket.socket, head: object, body: memoryview | None = None
         connection.sendall(body)
 
 
+class Room:
+    """Memory for one body after the other: fresh pages for each would cost more than what is done with it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        """`size` bytes, the same as before as far as there were any."""
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._buffer[:size]
+
+
 def receive(
-    connection: socket.socket, kind: type[Head], *, most_bytes: int, head_bytes: int = _HEAD_BYTES
+    connection: socket.socket,
+    kind: type[Head],
+    *,
+    most_bytes: int,
+    head_bytes: int = _HEAD_BYTES,
+    room: Room | None = None,
 ) -> tuple[Head, Tensor]:
-    """One message: its head, and its body as bytes. Raises `TransportError` if it ends, is garbage or too large."""
+    """One message: its head, and its body as bytes, in `room` if there is one.
+
+    Raises `TransportError` if it ends, is garbage or too large.
+    """
     try:
         lengths = _exactly(connection, 2 * _LENGTH_BYTES).numpy().data
         head_size, body_size = (int.from_bytes(lengths[at : at + _LENGTH_BYTES], "big") for at in (0, _LENGTH_BYTES))
         if head_size > head_bytes or body_size > most_bytes:
             raise TransportError(f"a message of {head_size} + {body_size} bytes exceeds the limit")
         head = msgspec.msgpack.decode(_exactly(connection, head_size).numpy().data, type=kind)
-        return head, _exactly(connection, body_size)
+        return head, _exactly(connection, body_size, room)
     except OSError as error:
         raise TransportError("the connection was lost") from error
     except msgspec.MsgspecError as error:
@@ -104,8 +125,8 @@ def as_bytes(data: Tensor) -> memoryview:
     return data.view(-1).view(torch.uint8).numpy().data
 
 
-def _exactly(connection: socket.socket, size: int) -> Tensor:
-    data = torch.empty(size, dtype=torch.uint8)
+def _exactly(connection: socket.socket, size: int, room: Room | None = None) -> Tensor:
+    data = (room or Room()).of(size)
     view = data.numpy().data
     while view:
         count = connection.recv_into(view)

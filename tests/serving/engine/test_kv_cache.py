@@ -1,3 +1,4 @@
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -69,3 +70,13 @@ def test_slots_are_packed_and_unpacked_in_their_order(slots: list[int]) -> None:
     found = target.extract(range(3), 12, (1, 3), (0, 2))
     assert torch.equal(found[..., 1:, :].index_select(2, index), data)
     assert found.count_nonzero() == data.count_nonzero()
+
+
+def test_memory_that_is_given_back_is_gone_and_can_be_used_again() -> None:
+    cache = KvCache((0, 2), (0, 4), 64, 2048, 16, torch.float32, "cpu")
+    cache._flat.fill_(1.0)
+    before = psutil.Process().memory_info().rss
+    cache.give_back()
+    assert before - psutil.Process().memory_info().rss > 0.9 * cache._flat.nbytes
+    cache._flat.fill_(2.0)
+    assert int(cache._flat[-1, -1, -1, -1, -1]) == 2
