@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.reconfiguration.change import Quiet, clocks
 from benchmarks.reconfiguration.options import replication
 from benchmarks.reconfiguration.planned import Report, controller_says
-from benchmarks.reconfiguration.stage import Bench, Stage, stage
+from benchmarks.reconfiguration.stage import Bench, Stage, copies_s, stage
 from benchmarks.reconfiguration.timeline import Timeline, continuity, gaps, longest_s, stall_s, step_s
 from data.layout import Device
 from serving.requests import Event
@@ -80,6 +80,8 @@ async def measure(bench: Bench, report: Report) -> None:
 async def _one(play: Stage, *, rank: int, replicated: bool) -> dict[str, Any]:
     options, load = play.bench.options, play.load
     victim = await working(play, rank)
+    if options.device == "cuda":
+        await play.watch(copies_s(play.bench, options.requests, options.context))
     before = await play.watch(options.before_s)
     kill = await strike(play, victim)
     after = await play.watch(options.after_s)

@@ -6,13 +6,12 @@ from typing import Any
 
 from benchmarks.reconfiguration.options import replication
 from benchmarks.reconfiguration.planned import Report
-from benchmarks.reconfiguration.stage import Bench, Stage, stage
+from benchmarks.reconfiguration.stage import Bench, Stage, copies_s, stage
 from benchmarks.reconfiguration.timeline import rate, step_s
 
 _INSTANCES = 2  # one works, the other keeps the copies
 _MOST_TOKENS = 1024  # for KV of the largest batch beside the weights
 _PREFILL_S = 240.0
-_COPY_BYTES_PER_S = 2e9
 
 
 async def measure(bench: Bench, report: Report) -> None:
@@ -47,16 +46,11 @@ async def _throughputs(bench: Bench, *, enabled: bool) -> dict[int, dict[str, An
         for batch in options.batches:
             if batch != options.batches[0]:
                 await play.load.renew(timeout_s=_PREFILL_S, requests=batch)
-            await play.watch(_catch_up_s(bench, batch))  # off as well: the same lengths are compared
+            await play.watch(
+                copies_s(bench, batch, options.replication_context)
+            )  # off as well: the same lengths are compared
             found[batch] = await _throughput(play)
     return found
-
-
-def _catch_up_s(bench: Bench, batch: int) -> float:
-    """How long the copies of the prompts may take: what is asked for is the cost of every token after them."""
-    spec = bench.spec
-    token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes
-    return batch * bench.options.replication_context * token_bytes / _COPY_BYTES_PER_S
 
 
 async def _throughput(play: Stage) -> dict[str, Any]:

@@ -28,6 +28,7 @@ _START_S = 240.0
 _SETTLE_S = 120.0
 _CHANGE_S = 30.0
 _EXPLAIN_S = 0.5
+_COPY_BYTES_PER_S = 2e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,13 @@ def last_words(folder: Path, lines: int) -> dict[str, list[str]]:
 def _drop_journal(home: Path) -> None:
     for path in home.glob("journal.sqlite*"):
         path.unlink()
+
+
+def copies_s(bench: Bench, requests: int, context: int) -> float:
+    """How long to wait until the KV of long prompts is copied: what is measured is the state that lasts."""
+    spec = bench.spec
+    token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes
+    return requests * context * token_bytes / _COPY_BYTES_PER_S
 
 
 def config(layout: str, batch: int) -> ParallelConfig:

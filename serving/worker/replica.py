@@ -253,11 +253,11 @@ class Leader(StepLoop):
 
     def adopt(self, adoptions: list[Adoption]) -> None:
         """Before `start`: take over requests whose KV is in the cache."""
+        try:
+            self._scheduler.claim([block for adoption in adoptions for block in adoption.blocks])
+        except ValueError as error:
+            raise GroupBroken(f"blocks promised to requests: {error}") from error
         for adoption in adoptions:
-            try:
-                self._scheduler.claim(adoption.blocks)
-            except ValueError as error:
-                raise GroupBroken(f"blocks promised to request {adoption.assignment.key}: {error}") from error
             self._scheduler.adopt(scheduled(adoption.assignment), adoption.cached_tokens, adoption.blocks)
 
     def snapshot(self, epoch: int) -> None:
