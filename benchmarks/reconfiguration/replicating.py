@@ -46,9 +46,8 @@ async def _throughputs(bench: Bench, *, enabled: bool) -> dict[int, dict[str, An
         for batch in options.batches:
             if batch != options.batches[0]:
                 await play.load.renew(timeout_s=_PREFILL_S, requests=batch)
-            await play.watch(
-                copies_s(bench, batch, options.replication_context)
-            )  # off as well: the same lengths are compared
+            # Without copies too: what is compared are steps over contexts of the same length.
+            await play.watch(copies_s(bench, batch, options.replication_context))
             found[batch] = await _throughput(play)
     return found
 
