@@ -106,6 +106,8 @@ async def _repeat(service: Fleet, happening: Happening, repetitions: int) -> dic
         for number in range(repetitions):
             await service.wait_serving(timeout_s=120.0)
             times_s.append(await happening(service, number))
+            what = happening.__name__.strip("_").replace("_", " ")
+            print(f"{what} {number + 1} of {repetitions}: noticed after {1e3 * times_s[-1]:.0f} ms", file=sys.stderr)
     except HangRefused as error:
         return {"not_measured": str(error)}
     return summary(times_s)
