@@ -120,8 +120,16 @@ def serve(address: str) -> None:
             for handle in children.keys() & set(ready):
                 _report_end(handle, *children.pop(handle))
     for pid, _ in children.values():
+        _end(pid)
+
+
+def _end(pid: int) -> None:
+    """Kill a session that was forked, or a process that has not come to lead one yet."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 def _take_order(listener: socket.socket, children: dict[int, tuple[int, socket.socket]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,17 +93,21 @@ def _tensor_index(spec: ModelSpec) -> dict[str, int]:
 def _extents(spec: ModelSpec, boxes: Sequence[Box]) -> list[Matrix]:
     """Boxes as arrays [tensor, dimension, (start, stop)], as many as the most boxes of one tensor."""
     index = _tensor_index(spec)
-    layers: list[Matrix] = [np.zeros((len(index), 2, 2), dtype=np.int64)]
-    depth: dict[int, int] = {}
-    for box in boxes:
-        row = index[box.tensor]
-        at = depth[row] = depth.get(row, -1) + 1
-        if at == len(layers):
-            layers.append(np.zeros_like(layers[0]))
-        layers[at][row, 1] = 0, 1
-        layers[at][row, : len(box.start), 0] = box.start
-        layers[at][row, : len(box.stop), 1] = box.stop
-    return layers
+    rows, depth = [index[box.tensor] for box in boxes], Counter[int]()
+    found = np.array([(*_padded(box.start, 0), *_padded(box.stop, 1)) for box in boxes], dtype=np.int64)
+    at = np.zeros(len(boxes), dtype=np.int64)
+    if len(set(rows)) < len(rows):
+        for number, row in enumerate(rows):
+            at[number] = depth[row]
+            depth[row] += 1
+    layers = np.zeros((int(at.max(initial=0)) + 1, len(index), 2, 2), dtype=np.int64)
+    layers[at, rows] = found.reshape(len(boxes), 2, 2).transpose(0, 2, 1)
+    return list(layers)
+
+
+def _padded(corner: tuple[int, ...], value: int) -> tuple[int, ...]:
+    """A corner of a vector's box as one of a matrix of one column."""
+    return corner if len(corner) == 2 else (*corner, value)
 
 
 def _overlap(layer: Matrix, roles: Matrix) -> Matrix:

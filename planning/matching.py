@@ -92,6 +92,8 @@ class _Grouped:
         self.largest = max((len(members) for members in self.members), default=1)
         self.per_group = -(-self.group_size // self.largest)
         self.fewest_spans = self.per_group * len(self.columns)
+        self._highest = float(scores.max(initial=0.0))
+        self._values: dict[tuple[tuple[int, ...], bytes], float] = {}  # of blocks: many are alike
 
     def spans(self, rows: Sequence[int]) -> int:
         """Instances touched, summed over groups."""
@@ -149,18 +151,26 @@ class _Grouped:
 
     def _worth(self, members: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> float:
         covered = min(len(members), len(columns))
-        return self._value(members, columns) + covered * (1.0 + float(self.scores.max()) * self.group_size)
+        return self._value(members, columns) + covered * (1.0 + self._highest * self.group_size)
 
     def _value(self, members: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> float:
-        inner = self.scores[np.ix_(members, columns)]
-        return float(inner[linear_sum_assignment(inner, maximize=True)].sum())
+        inner = self.scores[members[:, None], columns]
+        key = inner.shape, inner.tobytes()
+        if key not in self._values:
+            self._values[key] = float(inner[linear_sum_assignment(inner, maximize=True)].sum())
+        return self._values[key]
+
+    def _block_values(self, pairs: Sequence[tuple[int, int]]) -> float:
+        """The value of all blocks of some pairs."""
+        return sum(self._value(*self._block(block)) for block in self._apart(pairs))
 
     def _blocks(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Independent (rows, columns) problems: one per instance, or one per group that spans several."""
+        return [self._block(block) for block in self._apart(pairs)]
+
+    def _apart(self, pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         axis = 0 if self.per_group == 1 else 1
-        return [
-            self._block([pair for pair in pairs if pair[axis] == key]) for key in sorted({pair[axis] for pair in pairs})
-        ]
+        return [[pair for pair in pairs if pair[axis] == key] for key in sorted({pair[axis] for pair in pairs})]
 
     def _block(self, pairs: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         members = np.concatenate([self.members[instance] for instance in sorted({pair[0] for pair in pairs})])
@@ -195,8 +205,7 @@ class _Grouped:
         axis = 0 if self.per_group == 1 else 1
         touched = {pairs[one][axis], pairs[other][axis]}
         before, after = (
-            sum(self._value(*block) for block in self._blocks([pair for pair in version if pair[axis] in touched]))
-            for version in (pairs, result)
+            self._block_values([pair for pair in version if pair[axis] in touched]) for version in (pairs, result)
         )
         return result if after > before else None
 

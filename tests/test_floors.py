@@ -13,7 +13,8 @@ PLAN_EXTRA = ("prefect", "mlflow", "cvxpy", "pulp", "fastapi", "matplotlib")
 
 IMPORT_ALL = """
 import importlib, importlib.util, pathlib, sys
-kernels = {"serving.engine.attention", "serving.engine.fused"} if importlib.util.find_spec("triton") is None else set()
+kernels = {"serving.engine." + name for name in ("attention", "fused", "rows")}
+kernels = kernels if importlib.util.find_spec("triton") is None else set()
 root, packages, blocked = pathlib.Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
 for name in blocked:
     sys.modules[name] = None  # any import of it now fails

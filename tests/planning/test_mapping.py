@@ -170,5 +170,12 @@ def test_128_devices_take_milliseconds(before: tuple[int, int, int], after: tupl
     for _ in range(5):
         start = time.process_time()  # other processes of this machine are not to be measured
         assign(LARGE, new, usable, old=old, kv_tokens=[1000] * 4)
-        times.append(time.process_time() - start)
+        times.append((time.process_time() - start) / slowness())
     assert min(times) < 0.05
+
+
+def slowness() -> float:
+    """How much longer this core needs than an undisturbed one (12 ms): others may use its other half."""
+    start = time.process_time()
+    assert sum(number * number for number in range(200_000))
+    return max(1.0, (time.process_time() - start) / 0.012)
