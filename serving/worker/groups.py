@@ -261,20 +261,26 @@ class Group:
         """
         pending = []
         for tensor, peer in sends:
-            if peer in self._lanes:
+            if (lane := self._lane(peer, tensor)) is not None:
                 with _broken_groups():
-                    self._lanes[peer].post(tensor)
+                    lane.post(tensor)
             else:
                 pending.append(self._start(self._gloo, tensor.cpu(), peer))
         return Exchange(self, pending, receives)
 
     def end_exchange(self, tensor: Tensor, peer: int) -> None:
         """Receive one tensor of an exchange."""
-        if peer not in self._lanes:
+        lane = self._lane(peer, tensor)
+        if lane is None:
             self.receive(tensor, peer)
             return
         with self.waiting.on(self._first + peer), _broken_groups():
-            self._lanes[peer].fetch(tensor)
+            lane.fetch(tensor)
+
+    def _lane(self, peer: int, tensor: Tensor) -> Lane | None:
+        """The lane that a message takes, the same for both ends: it may exceed a slot where other peers have none."""
+        lane = self._lanes.get(peer)
+        return lane if lane is not None and tensor.nbytes <= lane.slot_bytes else None
 
     def flush(self) -> None:
         """All exchanges have ended, for the peers too."""
