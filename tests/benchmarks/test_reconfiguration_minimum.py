@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.reconfiguration.minimum import World, against
+from benchmarks.reconfiguration.minimum import World, against, parsed
 from benchmarks.reconfiguration.stage import config
 from data.layout import Device
 from data.models import ModelSpec
@@ -87,3 +87,7 @@ def test_the_event_beside_the_fewest() -> None:
     assert exact["kv_rate"] == least.kv_bytes * 2
     assert exact["weights_rate"] == round(least.busiest_weights_bytes / 2)
     assert against({**moved, "weights_disk_bytes": least.kv_bytes}, seconds, least)["excess"] > 0.02
+
+
+def test_devices_are_read_back() -> None:
+    assert parsed("i3/0") == DEVICES[3]
