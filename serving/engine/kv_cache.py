@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Iterator, Sequence
-from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -15,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from serving.engine import host_memory
 from serving.engine.blocks import BlockAllocator, blocks_for
 from serving.engine.kernels import fused_on
 
@@ -48,7 +46,7 @@ class KvCache:
         self._paged = (torch.zeros if clean else torch.empty)(shape, dtype=dtype, device=device)
         self._flat = self._paged.view(shape[0], 2, (blocks + 1) * block_tokens, *shape[4:])
         if not clean:
-            self._advise(mmap.MADV_HUGEPAGE)  # it fills by gigabytes: a fault for every 4 KiB would cost more than that
+            host_memory.fill_by_large_pages(self._flat)
         self._kernels: Any = None
         if fused_on(self._flat.device):
             self._kernels = import_module("serving.engine.rows")
@@ -114,17 +112,8 @@ class KvCache:
         return out
 
     def give_back(self) -> None:
-        """Return host memory to the system at once; what was here is void. Other threads run meanwhile, as they would
-        not while the framework frees it.
-        """
-        self._advise(mmap.MADV_DONTNEED)
-
-    def _advise(self, advice: int) -> None:
-        """Tell the system about the whole pages of a cache in host memory; it may be deaf."""
-        start = -(-self._flat.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = (self._flat.data_ptr() + self._flat.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        if self.device.type == "cpu" and size > 0:
-            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+        """Return the host memory of a cache to the system; what was here is void."""
+        host_memory.give_back(self._flat)
 
     @staticmethod
     def _gather_runs(box: Tensor, slots: Tensor, out: Tensor) -> Tensor:
@@ -157,11 +146,6 @@ class KvCache:
 
     def _slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
         return torch.from_numpy(self.slots(blocks, 0, tokens)).to(self.device)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def _packed(box: Tensor, slots: Tensor) -> tuple[int, ...]:
