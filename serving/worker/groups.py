@@ -276,6 +276,7 @@ class Group:
             return
         with self.waiting.on(self._first + peer), _broken_groups():
             lane.fetch(tensor)
+        self.check()
 
     def _lane(self, peer: int, tensor: Tensor) -> Lane | None:
         """The lane that a message takes, the same for both ends: it may exceed a slot where other peers have none."""

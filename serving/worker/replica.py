@@ -42,6 +42,7 @@ from serving.messages import (
     Wanted,
 )
 from serving.worker.groups import Group, GroupBroken, Pending, Waiting
+from serving.worker.streams import mark
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class StepLoop(threading.Thread, ABC):
             buffer = torch.empty(shape, dtype=position.model.hidden_dtype, device=position.group.device)
             hidden = position.group.receive(buffer, rank - shards)
         output = position.model.forward(plan, hidden)
-        position.index.finish(plan, _mark(position.group.device))
+        position.index.finish(plan, mark(position.group.device))
         if position.last:
             return output
         assert output is not None
@@ -345,7 +346,7 @@ class Leader(StepLoop):
         if (ended := time.monotonic()) - now > _LONG_STEP_S:
             rows = sum(len(one.tokens) for one in plan.sequences)
             spent_ms = 1e3 * (launched - now), 1e3 * (ended - now)
-            logger.info("a step of %d rows: %.0f ms to launch, %.0f in all", rows, *spent_ms)
+            logger.debug("a step of %d rows: %.0f ms to launch, %.0f in all", rows, *spent_ms)
         return True
 
     def _collect(self) -> None:
@@ -396,15 +397,6 @@ class Leader(StepLoop):
         self._report(
             Tokens(self.position.role.replica, emissions, scheduler.running, scheduler.waiting, scheduler.kv_usage)
         )
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """A point of this thread's stream; on CPU everything before it is done already."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def scheduled(assignment: Assignment) -> ScheduledRequest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Generic, Protocol, TypeVar
@@ -49,7 +49,7 @@ class Traffic:
 @dataclass(slots=True)
 class _Round(Generic[C]):
     exchange: Exchange
-    outgoing: list[Tensor]
+    sent_bytes: int
     incoming: list[tuple[C, Tensor]]
 
 
@@ -69,7 +69,7 @@ class Rounds(Generic[C]):
         under_way: deque[_Round[C]] = deque()
         for outgoing, incoming in zip_longest(_rounds(sends), _rounds(receives)):
             under_way.append(self._start(outgoing or [], incoming or []))
-            sent += sum(data.nbytes for data in under_way[-1].outgoing)
+            sent += under_way[-1].sent_bytes
             received += sum(data.nbytes for _, data in under_way[-1].incoming)
             if len(under_way) == _UNDER_WAY:
                 self._finish(under_way.popleft())
@@ -85,7 +85,7 @@ class Rounds(Generic[C]):
         incoming = [(self._cargo.buffer(chunk), peer) for peer, chunk in taken]
         exchange = self._group.begin_exchange(outgoing, incoming)
         chunks = [(chunk, buffer) for (_, chunk), (buffer, _) in zip(taken, incoming, strict=True)]
-        return _Round(exchange, [data for data, _ in outgoing], chunks)
+        return _Round(exchange, sum(data.nbytes for data, _ in outgoing), chunks)
 
     def _finish(self, one: _Round[C]) -> None:
         one.exchange.wait()
@@ -104,6 +104,6 @@ class Rounds(Generic[C]):
         self._group.check()
 
 
-def _rounds(queues: Mapping[int, Iterable[C]]) -> Iterable[list[tuple[int, C]]]:
+def _rounds(queues: Mapping[int, Iterable[C]]) -> Iterator[list[tuple[int, C]]]:
     for found in zip_longest(*queues.values()):
         yield [(peer, chunk) for peer, chunk in zip(queues, found, strict=True) if chunk is not None]

@@ -6,6 +6,7 @@ can keep that of the other from starting on one GPU, and the other way round on 
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections import deque
 from pathlib import Path
@@ -15,6 +16,10 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from serving.worker.streams import mark
+
+logger = logging.getLogger(__name__)
 
 _SLOTS = 3  # of a lane: one is filled, one is read, and of one it is said that it was read
 _ALIGNMENT = 4096
@@ -66,21 +71,30 @@ class Windows:
         return {peer: msgspec.json.decode(bytes(store.get(f"card/{peer}")), type=_Card) for peer in range(size)}
 
     def _ticket(self, reader: str) -> bytes:
-        """What `reader` opens this window with: one for each, the framework counts them."""
-        if self._own is None:
-            self._own = torch.empty(self._window_bytes, dtype=torch.uint8, device=self._device)
-        if reader not in self._tickets:
-            self._tickets[reader] = msgspec.msgpack.encode(self._own.untyped_storage()._share_cuda_())
+        """What `reader` opens this window with: one for each, the framework counts them. Nothing if there is no
+        memory for a window, or this host lets nobody read it.
+        """
+        try:
+            if self._own is None:
+                self._own = torch.empty(self._window_bytes, dtype=torch.uint8, device=self._device)
+            if reader not in self._tickets:
+                self._tickets[reader] = msgspec.msgpack.encode(self._own.untyped_storage()._share_cuda_())
+        except RuntimeError as error:
+            logger.warning("no window for others on this host, tensors go through its memory: %s", error)
+            return b""
         return self._tickets[reader]
 
     def _open(self, window: str, ticket: bytes) -> Tensor | None:
         if window in self._theirs:
             return self._theirs[window]
+        if not ticket:
+            return None
         _, *parts = msgspec.msgpack.decode(ticket)
         try:
             storage: Any = torch.UntypedStorage._new_shared_cuda(self._device.index or 0, *parts)
-        except RuntimeError:
-            return None  # a container may forbid it
+        except RuntimeError as error:  # a container may forbid it
+            logger.warning("a peer's window cannot be read, tensors go through host memory: %s", error)
+            return None
         theirs = torch.empty(0, dtype=torch.uint8, device=self._device)
         return theirs.set_(storage, 0, (self._window_bytes,), (1,))
 
@@ -109,7 +123,7 @@ class Lane:
         slot = self._free.popleft()
         data = tensor.view(-1).view(torch.uint8)
         self._own[slot][: data.numel()].copy_(data)
-        if (written := _event(tensor.device)) is not None:
+        if (written := mark(tensor.device)) is not None:
             written.synchronize()
         self._say(slot, _READY)
         self._unread += 1
@@ -123,7 +137,7 @@ class Lane:
         slot = self._hear(_READY)
         data = tensor.view(-1).view(torch.uint8)
         data.copy_(self._theirs[slot][: data.numel()], non_blocking=True)
-        self._reading.append((slot, _event(tensor.device)))
+        self._reading.append((slot, mark(tensor.device)))
         if len(self._reading) > 1:  # one is read while the next is awaited
             self._done()
 
@@ -151,12 +165,3 @@ class Lane:
         word = torch.zeros(1, dtype=torch.int64)
         self._gloo.recv([word], self._peer, tag).wait()
         return int(word)
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    """A point of the current stream; on a CPU everything before it has happened."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
