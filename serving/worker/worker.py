@@ -8,10 +8,9 @@ its thread is left behind and ends at the collective's timeout, and the next epo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,21 +130,23 @@ class Worker:
         match message:
             case m.Prepare():
                 connection = self._connection
-                self._in_thread(message.epoch, -1, "prepare", lambda: self._prepare(message, connection))
+                self._in_thread(
+                    message.epoch, "prepare", lambda: self._aside(lambda: self._prepare(message, connection))
+                )
             case m.Preload(boxes=boxes):
-                self._in_thread(-1, -1, "preload", lambda: self._preload(boxes))
+                self._in_thread(-1, "preload", lambda: self._aside(lambda: self._preload(boxes)))
             case m.Pause(replica=replica):
                 self._to_leader(replica, Leader.pause)
             case m.Snapshot(epoch=epoch, replica=replica):
                 self._to_leader(replica, lambda leader: leader.snapshot(epoch))
             case m.Survey():
-                self._in_thread(message.epoch, -1, "survey", lambda: self._survey(message))
+                self._in_thread(message.epoch, "survey", lambda: self._survey(message))
             case m.Reserve(epoch=epoch, replica=replica, wanted=wanted):
                 self._to_leader(replica, lambda leader: leader.reserve(epoch, wanted))
             case m.Copy():
-                self._in_thread(message.epoch, -1, "copy", lambda: self._copy(message))
+                self._in_thread(message.epoch, "copy", lambda: self._aside(lambda: self._copy(message)))
             case m.Switch():
-                self._in_thread(message.epoch, -1, "switch", lambda: self._switch(message))
+                self._in_thread(message.epoch, "switch", lambda: self._aside(lambda: self._switch(message)))
             case m.Salvage(replica=replica):
                 self._salvage(replica)
             case m.Keep(replicas=replicas):
@@ -170,16 +171,16 @@ class Worker:
         if isinstance(self._loop, Leader) and self._loop.position.role.replica == replica:
             command(self._loop)
 
-    def _in_thread(self, epoch: int, replica: int, phase: str, work: Callable[[], m.Message]) -> None:
+    def _in_thread(self, epoch: int, phase: str, work: Callable[[], m.Message]) -> None:
         post = self._poster()
 
         def run() -> None:
             try:
-                with torch.inference_mode(), self._aside():
+                with torch.inference_mode():
                     answer = work()
             except Exception as error:  # noqa: BLE001 - the controller decides what a failure means
                 logger.warning("%s: %s of epoch %d failed: %s", self.name, phase, epoch, error)
-                answer = m.Failed(epoch, replica, phase, f"{type(error).__name__}: {error}")
+                answer = m.Failed(epoch, -1, phase, f"{type(error).__name__}: {error}")
             post(answer)
 
         threading.Thread(target=run, name=f"{phase}-{epoch}", daemon=True).start()
@@ -276,15 +277,14 @@ class Worker:
         self._note(prepared, order.receives)
         return traffic
 
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """The block does not queue behind the step loop's kernels, nor they behind its; it ends when its own have."""
+    def _aside(self, work: Callable[[], m.Message]) -> m.Message:
+        """Work whose kernels do not queue behind the step loop's, nor those behind its; it ends when its own have."""
         if self._side_stream is None:
-            yield
-            return
+            return work()
         with torch.cuda.stream(self._side_stream):
-            yield
+            answer = work()
             self._side_stream.synchronize()
+            return answer
 
     def _source(self, pieces: m.KvPieces) -> KvCache:
         if pieces.kept:
