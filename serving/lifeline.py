@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
+import logging
 import os
 import signal
 import sys
@@ -30,8 +31,10 @@ def watch_stdin() -> None:
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
-def explain_on_signal() -> None:
-    """SIGUSR1 writes to stderr where every thread of this process stands."""
+def speak() -> None:
+    """Log to stderr, at the level that PERENNIAL_LOG names; SIGUSR1 adds where every thread of this process stands."""
+    level, line = os.environ.get("PERENNIAL_LOG", "WARNING"), "%(asctime)s %(levelname)s:%(name)s: %(message)s"
+    logging.basicConfig(level=level, stream=sys.stderr, format=line)
     faulthandler.register(signal.SIGUSR1)
 
 

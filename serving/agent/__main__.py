@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -49,12 +47,7 @@ def main() -> int:
     parser.add_argument("--grace-s", type=float, default=30.0, help="left at SIGTERM, or when a source does not say")
     parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=os.environ.get("PERENNIAL_LOG", "WARNING"),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s:%(name)s: %(message)s",
-    )
-    lifeline.explain_on_signal()
+    lifeline.speak()
     if arguments.lifeline:
         lifeline.watch_stdin()
     lifeline.go_first()

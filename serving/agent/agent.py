@@ -194,6 +194,5 @@ def _environment() -> dict[str, str]:
     """
     quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     memory = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    memory["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:2048"
-    quiet["NCCL_RUNTIME_CONNECT"] = "0"
-    return {**quiet, **memory, **os.environ}
+    gpu = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:2048", "NCCL_RUNTIME_CONNECT": "0"}
+    return {**quiet, **memory, **gpu, **os.environ}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import os
 import signal
 import sys
@@ -54,12 +53,7 @@ def main() -> int:
     parser.add_argument("--settings", required=True)
     parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=os.environ.get("PERENNIAL_LOG", "WARNING"),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s:%(name)s: %(message)s",
-    )
-    lifeline.explain_on_signal()
+    lifeline.speak()
     if arguments.lifeline:
         lifeline.watch_stdin()
     try:

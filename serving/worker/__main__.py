@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import sys
 
@@ -30,12 +29,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--index", type=int, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(
-        level=os.environ.get("PERENNIAL_LOG", "WARNING"),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s:%(name)s: %(message)s",
-    )
-    lifeline.explain_on_signal()
+    lifeline.speak()
     lifeline.watch_stdin()
     lifeline.share_the_interpreter()
     try:

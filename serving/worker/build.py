@@ -26,16 +26,15 @@ from serving.worker.movement import HeldTensor
 from serving.worker.replica import Position
 from serving.worker.window import Windows
 
-_COPYING_THREADS = 8
+_COPYING_THREADS = 8  # beside a GPU, processors only copy memory
 
 
 def compute_device(engine: EngineSettings, index: int) -> torch.device:
     """The device of worker `index`. Raises `InvalidInput` if this host lacks it."""
-    torch.set_num_threads(engine.threads)
+    copying = 1 if engine.device == "cpu" else min(_COPYING_THREADS, (os.cpu_count() or 1) // 4)
+    torch.set_num_threads(max(engine.threads, copying))
     if engine.device == "cpu":
         return torch.device("cpu")
-    # Beside a GPU, processors only copy memory.
-    torch.set_num_threads(max(engine.threads, min(_COPYING_THREADS, (os.cpu_count() or 1) // 4)))
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise InvalidInput(f"device {engine.device}:{index} does not exist here; use --device cpu or fewer devices")
     device = torch.device("cuda", index)
