@@ -115,7 +115,7 @@ class Metrics:
         self._moved.labels(what).inc(size_bytes)
 
     def reconfiguration(self, phase: str, seconds: float) -> None:
-        """A phase (mapping, prepare, pause, transfer, switch, total) took `seconds`."""
+        """A phase, or one of the other durations of the event `layout`, took `seconds`."""
         self._reconfiguration.labels(phase).observe(seconds)
 
     def load(self, *, running: int, waiting: int, kv_usage: float) -> None:

@@ -31,6 +31,7 @@ from serving.engine.checkpoint import create_checkpoint
 
 _FAILURES = (PerennialError, TimeoutError, OSError, KeyError, ValueError)
 _LOG_LINES = 5
+_PLACES = ("out", "scratch", "checkpoint")  # say where a run was, not what it measured
 
 
 class Results:
@@ -54,9 +55,7 @@ class Results:
 
     def write(self, machine: dict[str, Any] | None = None) -> None:
         """Write everything so far."""
-        options = {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self._options).items()
-        }
+        options = {name: value for name, value in asdict(self._options).items() if name not in _PLACES}
         result = {
             "machine": machine or {},
             "options": options,
@@ -66,7 +65,9 @@ class Results:
             "records": self.records,
         }
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        (self._options.out / "reconfiguration.json").write_text(text, encoding="utf-8")
+        partial = self._options.out / "reconfiguration.json.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self._options.out / "reconfiguration.json")
 
 
 def main(arguments: list[str] | None = None) -> int:

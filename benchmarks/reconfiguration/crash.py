@@ -80,8 +80,7 @@ async def measure(bench: Bench, report: Report) -> None:
 async def _one(play: Stage, *, rank: int, replicated: bool) -> dict[str, Any]:
     options, load = play.bench.options, play.load
     victim = await working(play, rank)
-    if options.device == "cuda":
-        await play.watch(copies_s(play.bench, options.requests, options.context))
+    await play.watch(copies_s(play.bench, options.requests, options.context))
     before = await play.watch(options.before_s)
     kill = await strike(play, victim)
     after = await play.watch(options.after_s)

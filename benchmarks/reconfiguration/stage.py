@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from benchmarks.reconfiguration.load import Load
 from benchmarks.reconfiguration.options import Options
@@ -155,8 +157,9 @@ async def stage(
 async def _ask_why(service: Fleet) -> None:
     """Every process writes to its log where it stands."""
     for process in service.alive():
-        if any(argument.startswith("serving.") for argument in process.cmdline()):
-            process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(psutil.Error):  # it may end meanwhile
+            if any(argument.startswith("serving.") for argument in process.cmdline()):
+                process.send_signal(signal.SIGUSR1)
     await asyncio.sleep(_EXPLAIN_S)
 
 
