@@ -20,6 +20,7 @@ def layout(time_s: float, epoch: int, config: str, *, mode: str = "planned", sto
         seconds={"prepare": 0.5, "copy": 0.1, "pause": 0.01, "transfer": stopped_s + 0.02},
         moved={"weights_inter_bytes": 2_000_000, "kv_bytes": 1000},
         requests_moved=2,
+        requests_restored=0 if mode == "planned" else 3,
         requests_replayed=[] if mode == "planned" else ["a", "b"],
     )
 

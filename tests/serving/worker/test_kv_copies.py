@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serving.engine.batch import SequenceStep, StepPlan
 from serving.engine.kv_cache import KvCache
@@ -117,3 +119,18 @@ def test_short_tails_go_first_and_a_new_life_starts_over() -> None:
     sent = {1: Cached(40, (), 1), 2: Cached(7, (), 2), 3: Cached(5, (), 3)}
     spans = next_spans(cached, sent, 16)
     assert [(span.key, span.start, span.stop) for span in spans] == [(2, 7, 8), (3, 0, 5), (1, 40, 50)]
+
+
+@given(st.integers(1, 20_000), st.data())
+def test_a_damaged_byte_shows(size: int, data: st.DataObject) -> None:
+    body = torch.arange(size, dtype=torch.int64).to(torch.uint8)
+    at, change = data.draw(st.integers(0, size - 1)), data.draw(st.integers(1, 255))
+    damaged = body.clone()
+    damaged[at] ^= change
+    assert wire.checksum(damaged) != wire.checksum(body)
+    assert wire.checksum(wire.as_bytes(body)) == wire.checksum(body)
+
+
+def test_pages_in_another_order_show() -> None:
+    pages = torch.randint(0, 255, (3, 4096), dtype=torch.uint8)
+    assert wire.checksum(pages.flatten()) != wire.checksum(pages[[1, 0, 2]].flatten())
