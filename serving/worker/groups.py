@@ -129,6 +129,8 @@ class Group:
         self.waiting, self._first = waiting or Waiting(), first
         self._nccl: Any = None  # torch's CPU builds have no type for it
         self._lanes: dict[int, Lane] = {}
+        self.direct = False
+        """Whether every rank reads every other's GPU memory."""
         self._aborted = False
         if size == 1:
             return
@@ -136,6 +138,8 @@ class Group:
             self._gloo = _gloo(dist.PrefixStore(f"{prefix}/gloo", store), rank, size, host, timeout_s)
             if windows is not None:
                 self._lanes = windows.meet(dist.PrefixStore(f"{prefix}/windows", store), self._gloo, rank, size)
+                complete = len(self._lanes) == size - 1
+                self.direct = _agreed(dist.PrefixStore(f"{prefix}/direct", store), rank, size, complete)
             elif device.type == "cuda" and _on_distinct_gpus(
                 dist.PrefixStore(f"{prefix}/gpu", store), rank, size, device
             ):
@@ -246,13 +250,8 @@ class Group:
         self.check()
         return None if self.rank else torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
-    @property
-    def direct(self) -> bool:
-        """Whether every peer reads this GPU's memory, and this one theirs."""
-        return len(self._lanes) == self.size - 1
-
     def message_bytes(self, otherwise: int) -> int:
-        """The largest message: a slot of the lanes where there is one to every peer; the same on every rank."""
+        """The largest message, the same on every rank: a slot of the lanes where these join all."""
         return min((lane.slot_bytes for lane in self._lanes.values()), default=otherwise) if self.direct else otherwise
 
     def begin_exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
@@ -307,6 +306,12 @@ class Group:
         began = time.monotonic()
         self._nccl.abort()
         logger.info("NCCL's abort returned after %.2f s", time.monotonic() - began)
+
+
+def _agreed(store: dist.Store, rank: int, size: int, own: bool) -> bool:
+    """Whether all ranks say yes."""
+    store.set(str(rank), "yes" if own else "no")
+    return all(bytes(store.get(str(peer))) == b"yes" for peer in range(size))
 
 
 def _on_distinct_gpus(store: dist.Store, rank: int, size: int, device: torch.device) -> bool:

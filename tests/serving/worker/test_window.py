@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from itertools import permutations
 from typing import Any, cast
 
 import pytest
@@ -19,33 +21,40 @@ SLOT_BYTES, LARGEST = 64, 160  # what exceeds a slot goes the other way
 
 
 class Shared:
-    """In place of `Windows`: both ends are in this process, and so is the memory that they read of each other."""
+    """In place of `Windows`: all ranks are in this process, and so is the memory that they read of each other."""
 
-    def __init__(self, rank: int, windows: list[list[Tensor]]) -> None:
-        self._rank, self._windows = rank, windows
+    def __init__(self, windows: dict[tuple[int, int], list[Tensor]]) -> None:
+        self._windows = windows  # by owner and reader
 
     def meet(self, store: dist.Store, gloo: Any, rank: int, size: int) -> dict[int, Lane]:
-        own, theirs = self._windows[rank], self._windows[1 - rank]
-        return {1 - rank: Lane(gloo, 1 - rank, list(enumerate(own)), theirs)}
+        return {
+            reader: Lane(gloo, reader, list(enumerate(own)), self._windows[reader, rank])
+            for (owner, reader), own in self._windows.items()
+            if owner == rank
+        }
 
 
-@pytest.fixture
-def groups() -> list[Group]:
-    """Both ranks of a group that exchanges by windows of three slots."""
+def meet(size: int, *, apart: tuple[int, ...] = ()) -> list[Group]:
+    """All ranks of a group; any two that are not both `apart` exchange by windows of three slots."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
-    windows = [[torch.zeros(SLOT_BYTES, dtype=torch.uint8) for _ in range(3)] for _ in range(2)]
-    found: list[Any] = [None, None]
+    windows = {
+        pair: [torch.zeros(SLOT_BYTES, dtype=torch.uint8) for _ in range(3)]
+        for pair in permutations(range(size), 2)
+        if not set(pair) <= set(apart)
+    }
+    found: list[Any] = [None] * size
 
-    def meet(rank: int) -> None:
+    def join(rank: int) -> None:
         own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
-        shared, cpu = cast(Windows, Shared(rank, windows)), torch.device("cpu")
-        found[rank] = Group(own, "g", rank, 2, device=cpu, host="127.0.0.1", timeout_s=10.0, windows=shared)
+        shared, cpu = cast(Windows, Shared(windows)), torch.device("cpu")
+        found[rank] = Group(own, "g", rank, size, device=cpu, host="127.0.0.1", timeout_s=10.0, windows=shared)
 
-    both(meet)
+    everyone(size, join)
     return found
 
 
-def both(work: Any) -> None:
+def everyone(size: int, work: Callable[[int], None]) -> None:
+    """Every rank works in a thread of its own; what one of them raised is raised."""
     failures: list[BaseException] = []
 
     def run(rank: int) -> None:
@@ -54,12 +63,12 @@ def both(work: Any) -> None:
         except BaseException as error:  # noqa: BLE001 - raised below
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20.0)
-    assert not any(thread.is_alive() for thread in threads), "an end of the lane waits for ever"
+    assert not any(thread.is_alive() for thread in threads), "an end of a lane waits for ever"
     if failures:
         raise failures[0]
 
@@ -81,8 +90,8 @@ class Numbers:
         self.stored.append(chunk[0])
 
 
-def test_an_exchange_ends_whatever_each_side_has_to_say(groups: list[Group]) -> None:
-    draw = random.Random(1)
+def test_an_exchange_ends_whatever_each_side_has_to_say() -> None:
+    groups, draw = meet(2), random.Random(1)
     for counts in [(0, 1), (1, 0), (20, 3), (3, 20), (7, 7), (0, 0), (2, 0)]:
         queues = [[(draw.randrange(1000), draw.randint(1, LARGEST // 8)) for _ in range(n)] for n in counts]
         cargo = [Numbers(), Numbers()]
@@ -92,20 +101,33 @@ def test_an_exchange_ends_whatever_each_side_has_to_say(groups: list[Group]) -> 
             rounds = Rounds(groups[rank], cargo[rank])  # noqa: B023 - joined within the loop
             traffic[rank] = rounds.run({1 - rank: queues[rank]}, {1 - rank: queues[1 - rank]})  # noqa: B023
 
-        both(exchange)
+        everyone(2, exchange)
         for rank in range(2):
             assert cargo[rank].stored == [first for first, _ in queues[1 - rank]]
             assert traffic[rank].sent_bytes == traffic[1 - rank].received_bytes == 8 * sum(n for _, n in queues[rank])
 
 
-def test_messages_are_as_large_as_slots(groups: list[Group]) -> None:
-    assert [group.direct for group in groups] == [True, True]
-    assert [group.message_bytes(1 << 20) for group in groups] == [SLOT_BYTES] * 2
+@pytest.mark.parametrize(("apart", "direct", "largest"), [((), True, SLOT_BYTES), ((0, 2), False, LARGEST)])
+def test_all_ranks_cut_messages_alike(apart: tuple[int, ...], direct: bool, largest: int) -> None:
+    groups = meet(3, apart=apart)
+    assert [group.direct for group in groups] == [direct] * 3
+    assert [group.message_bytes(LARGEST) for group in groups] == [largest] * 3
+    cargo = [Numbers() for _ in groups]
+
+    def exchange(rank: int) -> None:
+        chunks = {peer: [(10 * rank, largest // 8), (rank, 2)] for peer in range(3) if peer != rank}
+        Rounds(groups[rank], cargo[rank]).run(
+            chunks, {peer: [(10 * peer, largest // 8), (peer, 2)] for peer in range(3) if peer != rank}
+        )
+
+    everyone(3, exchange)
+    for rank in range(3):
+        assert sorted(cargo[rank].stored) == sorted(n * peer for n in (1, 10) for peer in range(3) if peer != rank)
 
 
-def test_what_arrives_after_an_abort_is_not_stored(groups: list[Group]) -> None:
+def test_what_arrives_after_an_abort_is_not_stored() -> None:
     """Its place may be somebody else's by then."""
-    cargo = [Numbers(), Numbers()]
+    groups, cargo = meet(2), [Numbers(), Numbers()]
     groups[1].abort()
 
     def exchange(rank: int) -> None:
@@ -115,5 +137,5 @@ def test_what_arrives_after_an_abort_is_not_stored(groups: list[Group]) -> None:
         if rank:
             groups[rank].flush()  # so that the sender need not wait for its timeout
 
-    both(exchange)
+    everyone(2, exchange)
     assert not cargo[1].stored
