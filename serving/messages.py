@@ -397,6 +397,13 @@ class Keep(Message):
     replicas: list[int]
 
 
+class CopyState(Message):
+    """A rank of `replica` says whether all of its KV is kept elsewhere, but for what the last steps added."""
+
+    replica: int
+    complete: bool
+
+
 class Abandon(Message):
     """Forget what was prepared for `epoch`; running replicas are not touched."""
 
@@ -451,6 +458,7 @@ Upward = (
     | Copied
     | Switched
     | Failed
+    | CopyState
     | Tokens
 )
 Downward = (

@@ -46,11 +46,12 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
 
 class Replication(msgspec.Struct, frozen=True, kw_only=True):
     """Copies of the KV in the memory of other instances. With `lag_steps` a replica waits where a decoding
-    request is that many tokens ahead of its copy; 0: it never waits.
+    request is that many tokens ahead of its copy, so that no more than one token more has to be computed again
+    after a failure; 0: it never waits.
     """
 
     enabled: bool = True
-    lag_steps: int = 0
+    lag_steps: int = 1
     frame_bytes: int = 16 << 20  # most that is copied at once
     link_bytes_per_s: float = 10e9  # what decides whether KV is restored or computed again
     prefill_tokens_per_s: float = 20e3

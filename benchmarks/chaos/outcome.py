@@ -11,7 +11,16 @@ from perennial.comparison import Difference
 from serving.requests import Event
 
 MOST_REEXECUTED = 2  # tokens of a request whose copy survived
-COUNTS = ("moved", "restored", "replayed", "replayed_after_one_loss", "replayed_after_restart", "most_reexecuted")
+COUNTS = (
+    "moved",
+    "restored",
+    "restored_uncopied",
+    "replayed",
+    "replayed_after_one_loss",
+    "replayed_after_restart",
+    "most_reexecuted",
+    "most_reexecuted_uncopied",
+)
 
 
 @dataclass(slots=True)
@@ -43,8 +52,8 @@ def recovered(events: Iterable[Event]) -> dict[str, int]:
 
     `replayed` had no KV left, be it that its copy went in a double failure or that it had none yet;
     `replayed_after_one_loss` is the part of it where no more than one instance was hit since the layout
-    before. `replayed_after_restart` met a new controller, and `most_reexecuted` is the most tokens generated
-    again of a request with a copy.
+    before. `replayed_after_restart` met a new controller. `most_reexecuted` is the most tokens generated again
+    of a request whose copy was complete when it was hit, by one loss; `restored_uncopied` were hit before that.
     """
     counts = dict.fromkeys(COUNTS, 0)
     hit: set[str] = set()
@@ -72,8 +81,11 @@ def _count(counts: dict[str, int], layout: Any, *, restarted: bool, hit: int) ->
     replayed = int(layout.get("requests_replayed", 0))
     counts["replayed_after_restart" if restarted else "replayed"] += replayed
     counts["replayed_after_one_loss"] += 0 if restarted or hit > 1 else replayed
-    again = [int(tokens) for tokens in layout.get("tokens_reexecuted", ())]
-    counts["most_reexecuted"] = max([counts["most_reexecuted"], *again])
+    copied, uncopied = layout.get("tokens_reexecuted", ()), layout.get("tokens_reexecuted_uncopied", ())
+    counts["restored_uncopied"] += len(uncopied)
+    for name, again in {"most_reexecuted": copied, "most_reexecuted_uncopied": uncopied}.items():
+        worst = name if hit <= 1 else "most_reexecuted_uncopied"  # the copy may have been what the second loss took
+        counts[worst] = max([counts[worst], *map(int, again)])
 
 
 def totals(outcomes: Sequence[Outcome], *, wall_s: float) -> dict[str, float]:

@@ -1,8 +1,12 @@
-"""Who keeps copies of whose KV: every rank's go to another instance, the least burdened first."""
+"""Who keeps copies of whose KV: every rank's go to another instance, the least burdened first.
+
+Copies of replicas that are no more stay until those of the replicas that followed are complete: a request
+that is hit in between goes on from the older copy.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -10,6 +14,8 @@ from data.layout import Device
 from planning.restoration import holder
 from serving import messages as m
 from serving.controller.dispatch import Replica
+
+_FORMER = 8  # replicas that are no more; a log takes as much memory as the cache had
 
 
 class Workers(Protocol):
@@ -29,17 +35,21 @@ class Workers(Protocol):
 
 
 class Copies:
-    """The holder of every rank's KV, and which logs may be dropped."""
+    """The holder of every rank's KV, whose copies are complete, and which may be dropped."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
         self._holders: dict[tuple[int, Device], Device] = {}
+        self._complete: set[tuple[int, Device]] = set()
+        self._former: deque[int] = deque(maxlen=_FORMER)
+        self._kept: list[int] = []
 
     def arrange(self, replicas: Iterable[Replica]) -> None:
         """See that every rank of the live replicas has a holder that is here and stays, if there is one."""
         ranks = {(replica.number, device) for replica in replicas for device in replica.devices}
         staying = self._workers.usable_devices()
         self._holders = {rank: one for rank, one in self._holders.items() if rank in ranks and one in staying}
+        self._complete &= self._holders.keys()
         for rank in sorted(ranks - self._holders.keys()):
             self._choose(rank, staying)
 
@@ -51,10 +61,47 @@ class Copies:
         if index is None:
             return
         self._holders[rank] = staying[index]
+        self._complete.discard(rank)
         self._workers.send(device, m.Replicate(number, self._workers.kv_address(staying[index])))
 
-    def keep(self, numbers: Iterable[int]) -> None:
-        """Copies of all other replicas are of no use any more."""
-        wanted = sorted(set(numbers))
-        for device in self._workers.connected_devices():
-            self._workers.send(device, m.Keep(wanted))
+    def heard(self, device: Device, state: m.CopyState) -> None:
+        """A rank says how far its copy is."""
+        rank = state.replica, device
+        if state.complete and rank in self._holders:
+            self._complete.add(rank)
+        else:
+            self._complete.discard(rank)
+
+    def lost(self, device: Device) -> None:
+        """A worker is gone, and what it kept."""
+        self._holders = {rank: one for rank, one in self._holders.items() if device not in (one, rank[1])}
+        self._complete &= self._holders.keys()
+
+    def incomplete(self, numbers: Iterable[int]) -> None:
+        """Requests are about to join these replicas: their copies are not complete until their ranks say so again."""
+        void = set(numbers)
+        self._complete = {rank for rank in self._complete if rank[0] not in void}
+
+    def complete(self, replica: Replica) -> bool:
+        """Whether all KV of a replica is kept elsewhere, but for what the last steps added."""
+        return all((replica.number, device) in self._complete for device in replica.devices)
+
+    @property
+    def former(self) -> tuple[int, ...]:
+        """Replicas that are no more, and whose copies may hold what those of later ones do not."""
+        return tuple(self._former)
+
+    def ended(self, numbers: Iterable[int]) -> None:
+        """Replicas that are no more."""
+        self._former.extend(number for number in numbers if number not in self._former)
+
+    def keep(self, live: Iterable[Replica], others: Iterable[int] = ()) -> None:
+        """Copies are needed of live replicas, of `others`, and of former ones until all live ones' are complete."""
+        live = list(live)
+        if self._former and live and all(self.complete(one) for one in live):
+            self._former.clear()
+        wanted = sorted({*(one.number for one in live), *others, *self._former})
+        if wanted != self._kept:
+            self._kept = wanted
+            for device in self._workers.connected_devices():
+                self._workers.send(device, m.Keep(wanted))

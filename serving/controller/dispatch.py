@@ -80,6 +80,7 @@ class Dispatcher:
     def bind(self, record: Record, replica: Replica) -> None:
         """`replica` works on `record` from now on."""
         record.replica = replica.number
+        record.homes.add(replica.number)
         replica.records[record.key] = record
 
     def release(self, record: Record) -> Replica | None:

@@ -69,7 +69,6 @@ class Fleet:
         self._early: list[tuple[Device, m.Tokens]] = []  # from replicas that ran before all had said so
         self._early_emissions: list[tuple[int, m.Emission]] = []  # of requests that joined a running replica
         self._stranded: list[Stranded] = []  # broken replicas whose requests may be restored
-        self._former: set[int] = set()  # replicas of the layout before, whose copies are not yet superseded
         self._copies = Copies(self.membership)
         self._replayed = 0  # requests queued to be recomputed since the last layout
         self._broken = False  # a replica failed since the last layout
@@ -132,6 +131,7 @@ class Fleet:
     def worker_lost(self, device: Device, reason: str) -> None:
         """A worker is gone: its replica is broken, and so is a reconfiguration it takes part in."""
         self._resident.pop(device, None)
+        self._copies.lost(device)
         instance = self.membership.instances.get(device.instance)
         if instance is not None and not instance.dismissed:  # otherwise the end of the instance says it
             self._events.emit("worker_lost", device=str(device), reason=reason)
@@ -148,6 +148,10 @@ class Fleet:
             return
         if isinstance(message, m.Preloaded):
             self._resident[device] = tuple(message.boxes)
+            return
+        if isinstance(message, m.CopyState):
+            self._copies.heard(device, message)
+            self._drop_copies()
             return
         if isinstance(message, m.Heartbeat):
             self._examine(message.replica)
@@ -241,7 +245,14 @@ class Fleet:
         records = {record.key: record for record in self.dispatcher.drop([replica.number])}
         for record in records.values():
             record.replica = None
-        self._stranded.append(Stranded(replica.number, replica.devices, records))
+        copied = self._copies.complete(replica)
+        self._copies.ended([replica.number])
+        self._stranded.append(Stranded(replica.number, replica.devices, records, copied))
+
+    def _drop_copies(self) -> None:
+        """Let go of copies that have become useless, unless they may be in use just now."""
+        if self._current is None and not self._stranded:
+            self._copies.keep(self.dispatcher.replicas.values())
 
     def _unrestorable(self, records: Sequence[Record]) -> None:
         self._replay([record for record in records if record.finish is None])
@@ -267,6 +278,7 @@ class Fleet:
                 self._ledger.end(record, "abort")
                 continue
             self._metrics.replayed(len(record.request.prompt) + len(record.output))
+            record.replayed = len(record.output)
             kept.append(record)
         self._metrics.migration("replay", len(kept))
         self._replayed += len(kept)
@@ -379,13 +391,14 @@ class Fleet:
             self._resident,
             kept=[self.dispatcher.replicas[number] for number in transition.keep],
             stranded=list(self._stranded),
+            former=self._copies.former,
             tell=lambda phase: self._events.emit(f"reconfiguration_{phase}", epoch=self.epoch),
             unrestorable=self._unrestorable,
         )
         self._current, self._early, self._early_emissions = attempt, [], []
         try:
             await self._journal.set_meta("epoch", self.epoch)
-            outcome = await attempt.run(self._prepared, lambda: self._hold(retired))
+            outcome = await attempt.run(lambda seconds: self._prepared(attempt, seconds), lambda: self._hold(retired))
         except Exception:
             attempt.undo()
             self._after_failure(attempt, retired)
@@ -411,7 +424,8 @@ class Fleet:
         self._last_number += 1
         return self._last_number
 
-    def _prepared(self, seconds: float) -> None:
+    def _prepared(self, attempt: Reconfiguration, seconds: float) -> None:
+        self._copies.incomplete(replica.number for replica in attempt.joined)
         self._events.emit("reconfiguration_prepared", epoch=self.epoch, seconds=seconds)
 
     def _hold(self, retired: Sequence[Replica]) -> None:
@@ -427,6 +441,7 @@ class Fleet:
             self.dispatcher.replicas[replica.number] = replica
         self._rehome(outcome, attempt)
         self._replay(self.dispatcher.drop(transition.retire))
+        self._copies.ended(transition.retire)
         self._forget_stranded(attempt)
         self.config, self._broken = target, False
         if attempt.store is not None:
@@ -442,8 +457,7 @@ class Fleet:
         for number, emission in self._early_emissions:
             if number in self.dispatcher.replicas:
                 self._absorb(self.dispatcher.replicas[number], [emission])
-        self._copies.keep({*self.dispatcher.replicas, *self._former, *(one.number for one in self._stranded)})
-        self._former = set(self.dispatcher.replicas)
+        self._copies.keep(self.dispatcher.replicas.values(), [one.number for one in self._stranded])
         self.dispatch()
 
     def _rehome(self, outcome: Outcome, attempt: Reconfiguration) -> None:
@@ -488,7 +502,10 @@ class Fleet:
             requests_moved=len(outcome.heirs) - len(outcome.restored),
             requests_restored=len(outcome.restored),
             requests_replayed=self._replayed,
-            tokens_reexecuted=sorted(outcome.restored.values()),
+            tokens_reexecuted=sorted(tokens for key, tokens in outcome.restored.items() if key not in outcome.uncopied),
+            tokens_reexecuted_uncopied=sorted(
+                outcome.restored[key] for key in outcome.uncopied & outcome.restored.keys()
+            ),
         )
         self._replayed = 0
 

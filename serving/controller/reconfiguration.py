@@ -57,11 +57,15 @@ class Workers(Protocol):
 
 @dataclass(slots=True)
 class Stranded:
-    """A replica that broke: its requests wait for what is left of their KV."""
+    """A replica that broke: its requests wait for what is left of their KV.
+
+    `copied`: the copy of its KV had been complete, but for what the last steps added.
+    """
 
     number: int
     devices: tuple[Device, ...]
     records: dict[int, Record]
+    copied: bool = False
     attempts: int = 0
 
 
@@ -69,7 +73,8 @@ class Stranded:
 class Outcome:
     """What a reconfiguration did: the replicas it built, the sequences it moved or restored, and what it cost.
 
-    `restored` are tokens that restored requests have to compute again although they had been delivered.
+    `restored` are tokens that restored requests have to compute again although they had been delivered;
+    `uncopied` those of them whose copy was not complete when they were hit.
     """
 
     epoch: int
@@ -77,6 +82,7 @@ class Outcome:
     heirs: list[Heir]
     resident: dict[Device, tuple[Box, ...]]
     restored: dict[int, int] = field(default_factory=dict)
+    uncopied: frozenset[int] = frozenset()
     moved: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -86,7 +92,8 @@ class Reconfiguration:
     """One attempt to carry out `transition` as `epoch`.
 
     `retired` are the healthy replicas it ends, `kept` those it leaves alone, `stranded` broken ones whose
-    requests may be restored. `unrestorable` is told at once which of those have to be replayed.
+    requests may be restored; copies of `former` replicas may help. `unrestorable` is told at once which of
+    those have to be replayed.
     """
 
     epoch: int
@@ -99,6 +106,7 @@ class Reconfiguration:
     resident: Mapping[Device, tuple[Box, ...]]
     kept: Sequence[Replica] = ()
     stranded: Sequence[Stranded] = ()
+    former: Sequence[int] = ()
     tell: Callable[[str], None] = lambda phase: None
     unrestorable: Callable[[Sequence[Record]], None] = lambda records: None
     new: list[Replica] = field(default_factory=list)
@@ -110,6 +118,7 @@ class Reconfiguration:
     _phase: Phase[Any] | None = None
     _sources: dict[int, tuple[Source, ...]] = field(default_factory=dict)  # of stranded sequences
     _restorable: dict[int, int] = field(default_factory=dict)
+    _copied_whole: set[int] = field(default_factory=set)
     _records: dict[int, Record] = field(default_factory=dict)  # of all that may be adopted
     _seating: dict[int, Seating] = field(default_factory=dict)  # by new replica
     _reserved: dict[int, dict[int, list[int]]] = field(default_factory=dict)  # by kept replica
@@ -192,7 +201,8 @@ class Reconfiguration:
         seconds = {"prepare": ready - started, "copy": copied - ready, "pause": stopped - copied}
         seconds |= {"transfer": ended - stopped, "total": ended - started, **self._moving_s}
         moved = self._moved(prepared, copied_bytes, sent_bytes)
-        return Outcome(self.epoch, self.new, heirs, self._residency(), self._reexecuted(heirs), moved, seconds)
+        restored, uncopied = self._reexecuted(heirs), frozenset(self._restorable.keys() - self._copied_whole)
+        return Outcome(self.epoch, self.new, heirs, self._residency(), restored, uncopied, moved, seconds)
 
     def _build(self) -> None:
         config = self.transition.config
@@ -219,20 +229,30 @@ class Reconfiguration:
         """Find what is left of stranded sequences; those of which nothing is left are given up to replay."""
         if not self.stranded:
             return
-        order = m.Survey(self.epoch, [one.number for one in self.stranded])
+        order = m.Survey(self.epoch, [*(one.number for one in self.stranded), *self.former])
         orders = dict.fromkeys(self.workers.connected_devices(), order)
         answers = await self._ask("survey", orders, self.settings.timeouts.pause_s)
         found = found_sources({device: answer.held for device, answer in answers.items()})
         lost = []
         for stranded in self.stranded:
             for key, record in list(stranded.records.items()):
-                tokens = self._watermark(record, found.get(key, []))
+                sources, tokens = self._best(record, stranded.number, found.get(key, []))
                 if tokens and (self.new or self.kept) and self._worth_restoring(tokens):
-                    self._sources[key], self._restorable[key] = tuple(found[key]), tokens
+                    self._sources[key], self._restorable[key] = tuple(sources), tokens
                     self._records[key] = record
+                    self._copied_whole |= {key} if stranded.copied else set()
                 else:
                     lost.append(stranded.records.pop(key))
         self.unrestorable(lost)
+
+    def _best(self, record: Record, last: int, found: Sequence[Source]) -> tuple[Sequence[Source], int]:
+        """What brings back the most of a request; what its former replicas left only where it adds something.
+
+        What others have under its key was on its way there and never arrived.
+        """
+        known = [source for source in found if source.replica in record.homes]
+        own = [source for source in known if source.replica == last]
+        return max(((some, self._watermark(record, some)) for some in (own, known)), key=lambda option: option[1])
 
     def _worth_restoring(self, tokens: int) -> bool:
         replication, spec = self.settings.replication, self.spec
@@ -247,13 +267,16 @@ class Reconfiguration:
         return max(0, min(left, len(record.request.prompt) + len(record.output) - 1))
 
     def _reexecuted(self, heirs: Sequence[Heir]) -> dict[int, int]:
-        """Generated tokens of restored requests, but for the last, whose KV has to be computed again."""
+        """Generated tokens of restored requests, but for the last, whose KV has to be computed again.
+
+        Those that were being computed again anyway, after an earlier loss, are none of this one's.
+        """
         result = {}
         for heir in heirs:
             if heir.key in self._restorable:
                 record = self._records[heir.key]
                 known = len(record.request.prompt) + len(record.output) - 1
-                result[heir.key] = min(known - heir.tokens, max(0, len(record.output) - 1))
+                result[heir.key] = min(known - heir.tokens, max(0, len(record.output) - record.replayed - 1))
         return result
 
     # -- in the background -------------------------------------------------------------------------------

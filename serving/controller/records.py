@@ -80,6 +80,8 @@ class Record:
     ended: bool = False  # `finish` is committed too
     replica: int | None = None
     recoveries: int = 0
+    homes: set[int] = field(default_factory=set)  # replicas that have worked on it: what they left is its KV
+    replayed: int = 0  # tokens of `output` that were known when it was last computed from its first token on
     listeners: int = 0
     orphaned_at: float | None = None
     failure: Exception | None = None

@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from serving.engine.batch import StepPlan
 from serving.engine.kv_cache import KvCache
-from serving.engine.kv_index import Cached, KvIndex
+from serving.engine.kv_index import Cached, Kept, KvIndex
 from serving.errors import TransportError
 from serving.worker import kv_wire as wire
 
@@ -29,7 +30,7 @@ _CONNECT_S = 2.0
 _QUIET_S = 0.05  # how long to wait for something new before looking whether to stop
 _AGAIN_S = 0.5  # between two attempts to connect
 _WINDOW = 4  # frames that may be unanswered
-_PATIENCE_S = 0.5  # how long a step waits for its copies; a keeper that is slower holds nobody up
+_PATIENCE_S = 0.5  # how long a step, or a frame, waits for answers; a keeper that is slower holds nobody up
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +68,27 @@ class KvStream(threading.Thread):
     """The stream of one rank of `replica` to the keeper at `address`. Ends with `stop`; survives a lost connection."""
 
     def __init__(
-        self, address: str, token: str, replica: int, cache: KvCache, index: KvIndex, *, frame_bytes: int
+        self,
+        address: str,
+        token: str,
+        replica: int,
+        cache: KvCache,
+        index: KvIndex,
+        *,
+        frame_bytes: int,
+        tell: Callable[[bool], None] = lambda complete: None,
     ) -> None:
         super().__init__(name=f"kv-stream-{replica}", daemon=True)
         self._address, self._token, self._replica = address, token, replica
         self._cache, self._index = cache, index
+        self._tell = tell
+        self._told: tuple[int, bool] | None = None
         layers, heads = cache.layers[1] - cache.layers[0], cache.heads[1] - cache.heads[0]
         token_bytes = 2 * layers * heads * cache.head_dim * cache.dtype.itemsize
         self._frame_tokens = max(1, frame_bytes // token_bytes)
         self._sent: dict[int, Cached] = {}
         self._unanswered: dict[int, list[Span]] = {}
-        self._kept: dict[int, int] = {}
+        self._kept: dict[int, Kept] = {}
         self._answered = threading.Condition()
         self._connection: socket.socket | None = None
         self._stopped = False
@@ -93,13 +104,15 @@ class KvStream(threading.Thread):
     def hold(self, plan: StepPlan, lag_tokens: int) -> None:
         """Wait until the copy of every decoding sequence of `plan` is at most `lag_tokens` behind.
 
-        Gives up after half a second, and does not wait at all while there is no connection.
+        Who was there before the copy began is not waited for until it is complete, and nobody while there is
+        no connection. A keeper that says nothing for half a second holds up one step, not those after it.
         """
         wanted = {one.key: one.start - lag_tokens for one in plan.sequences if len(one.tokens) == 1}
         until = time.monotonic() + _PATIENCE_S
         with self._answered:
-            while self._connection is not None and any(self._kept.get(key, 0) < least for key, least in wanted.items()):
+            while self._connection is not None and (late := self._index.late(wanted, self._kept)):
                 if not self._answered.wait(until - time.monotonic()):
+                    self._index.start_over(late)
                     return
 
     # -- the thread -------------------------------------------------------------------------------------
@@ -115,6 +128,8 @@ class KvStream(threading.Thread):
                         logger.info("no copies of replica %d at %s: %s", self._replica, self._address, error)
                 self._hang_up()
                 if not self._stopped:
+                    self._index.start_over()
+                    self._report()
                     time.sleep(_AGAIN_S)
 
     def _side_stream(self) -> contextlib.AbstractContextManager[object]:
@@ -127,6 +142,7 @@ class KvStream(threading.Thread):
         reader = threading.Thread(target=self._read, args=(connection,), name="kv-answers", daemon=True)
         reader.start()
         while not self._stopped and reader.is_alive():
+            self._report()
             cached = self._index.snapshot()
             ended = [key for key in self._sent if key not in cached]
             spans = next_spans(cached, self._sent, self._frame_tokens)
@@ -160,8 +176,17 @@ class KvStream(threading.Thread):
         connection.settimeout(None)
         with self._answered:
             self._sent, self._unanswered, self._kept = {}, {}, {}
+            self._index.start_over()
             self._connection = connection
         return connection
+
+    def _report(self) -> None:
+        """Say it when the copy has become complete, or is not complete any more."""
+        with self._answered:
+            now, before = self._index.copying, self._told
+            self._told = now
+        if now != before:
+            self._tell(now[1])
 
     def _send(self, connection: socket.socket, spans: list[Span], ended: list[int]) -> None:
         data = self._load(spans) if spans else None
@@ -203,8 +228,10 @@ class KvStream(threading.Thread):
                     break
                 with self._answered:
                     for span in self._unanswered.pop(answer.number, []):
-                        self._kept[span.key] = span.stop
+                        self._kept[span.key] = Kept(span.cached.life, span.stop)
+                    self._index.follow(self._kept)
                     self._answered.notify_all()
+                self._report()
         self._hang_up()
 
     def _hang_up(self) -> None:

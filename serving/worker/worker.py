@@ -397,13 +397,15 @@ class Worker:
             loop.gate = (lambda plan: stream.hold(plan, lag)) if stream is not None and lag else lambda plan: None
 
     def _open_stream(self, loop: StepLoop, address: str) -> KvStream:
+        replica, post = loop.position.role.replica, self._poster()
         stream = KvStream(
             address,
             self._settings.token,
-            loop.position.role.replica,
+            replica,
             loop.position.cache,
             loop.position.index,
             frame_bytes=self._settings.replication.frame_bytes,
+            tell=lambda complete: post(m.CopyState(replica, complete)),
         )
         stream.start()
         return stream

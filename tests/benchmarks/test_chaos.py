@@ -104,7 +104,15 @@ def test_what_layouts_say_about_requests_is_summed() -> None:
         ("layout", {"requests_moved": 2, "requests_replayed": 1}),
         ("worker_lost", {"device": "i0/1"}),
         ("instance_lost", {"instance": "i0"}),
-        ("layout", {"requests_restored": 3, "requests_replayed": 1, "tokens_reexecuted": [0, 2, 1]}),
+        (
+            "layout",
+            {
+                "requests_restored": 4,
+                "requests_replayed": 1,
+                "tokens_reexecuted": [0, 2, 1],
+                "tokens_reexecuted_uncopied": [7],
+            },
+        ),
         ("instance_lost", {"instance": "i1"}),
         ("instance_lost", {"instance": "i2"}),
         ("layout", {"requests_replayed": 5}),
@@ -115,11 +123,13 @@ def test_what_layouts_say_about_requests_is_summed() -> None:
     counts = recovered(events)
     assert counts == {
         "moved": 2,
-        "restored": 3,
+        "restored": 4,
+        "restored_uncopied": 1,
         "replayed": 7,
         "replayed_after_one_loss": 2,
         "replayed_after_restart": 4,
         "most_reexecuted": 2,
+        "most_reexecuted_uncopied": 7,
     }
     assert counts["most_reexecuted"] <= MOST_REEXECUTED
     summary = totals([Outcome(0, recovered=counts), Outcome(1, recovered=counts)], wall_s=1.0)

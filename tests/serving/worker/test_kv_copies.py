@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -43,6 +44,20 @@ def plan(step: int, *sequences: tuple[int, int, int, list[int]], ended: tuple[in
     return StepPlan(step, steps, list(ended))
 
 
+def grow(index: KvIndex, step: int, *sequences: tuple[int, int, int, list[int]]) -> StepPlan:
+    """What the step loop does: begin a step, compute it, and build on it."""
+    made = plan(step, *sequences)
+    index.begin(made)
+    index.finish(made)
+    return made
+
+
+def held_up_s(stream: KvStream, step: StepPlan, *, lag: int) -> float:
+    began = time.monotonic()
+    stream.hold(step, lag)
+    return time.monotonic() - began
+
+
 async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - other threads have no events for this loop
@@ -78,17 +93,45 @@ async def test_a_copy_follows_the_cache_and_forgets_who_ended(keeper: Keeper) ->
 
 
 async def test_a_step_waits_for_its_copy_but_not_for_a_keeper_that_is_gone(keeper: Keeper) -> None:
-    source, index = cache(), KvIndex()
-    stream = KvStream(keeper.address, "secret", 5, source, index, frame_bytes=1 << 20)
+    index, told = KvIndex(), list[bool]()
+    stream = KvStream(keeper.address, "secret", 5, cache(), index, frame_bytes=1 << 20, tell=told.append)
     stream.start()
-    index.adopt(1, 9, [3, 7, 1])
-    await until(lambda: kept(keeper) == {1: 9})
-    stream.hold(plan(1, (1, 9, 1, [3, 7, 1])), 0)
-    assert stream._kept[1] == 9
+    await until(lambda: told == [True])
+    grow(index, 1, (1, 0, 9, [3, 7, 1]))
+    step = grow(index, 2, (1, 9, 1, [3, 7, 1]))
+    stream.hold(step, 0)
+    assert kept(keeper) in ({1: 9}, {1: 10})  # 9 tokens had to be there
     stream.stop()
-    began = asyncio.get_running_loop().time()
-    stream.hold(plan(2, (1, 40, 1, [3, 7, 1])), 0)
-    assert asyncio.get_running_loop().time() - began < 0.2
+    assert held_up_s(stream, step, lag=-30) < 0.2
+
+
+async def test_nobody_waits_for_copies_of_what_was_there_before_they_began(keeper: Keeper) -> None:
+    index, told = KvIndex(), list[bool]()
+    index.adopt(1, 9, [3, 7, 1])
+    stream = KvStream(keeper.address, "secret", 5, cache(), index, frame_bytes=1 << 20, tell=told.append)
+    step = grow(index, 1, (1, 9, 1, [3, 7, 1]))
+    assert held_up_s(stream, step, lag=0) < 0.2
+    stream.start()
+    await until(lambda: told[-1:] == [True])
+    assert kept(keeper) == {1: 10}
+    index.adopt(2, 4, [0])
+    await until(lambda: told[-1] and kept(keeper) == {1: 10, 2: 4})
+    assert told in ([False, True, False, True], [False, True, True])
+    stream.stop()
+
+
+async def test_a_keeper_that_hangs_holds_one_step_up(keeper: Keeper) -> None:
+    index, told = KvIndex(), list[bool]()
+    stream = KvStream(keeper.address, "secret", 5, cache(), index, frame_bytes=1 << 20, tell=told.append)
+    stream.start()
+    await until(lambda: told == [True])
+    step = grow(index, 1, (1, 0, 1, [3, 7, 1]))
+    later = grow(index, 2, (1, 1, 1, [3, 7, 1]))
+    assert held_up_s(stream, later, lag=-30) > 0.4  # as long as a keeper would that never answers
+    assert held_up_s(stream, step, lag=-30) < 0.2
+    grow(index, 3, (1, 2, 1, [3, 7, 1]))
+    await until(lambda: told == [True, False, True])
+    stream.stop()
 
 
 def test_who_does_not_know_the_token_is_told_so(keeper: Keeper) -> None:
@@ -134,3 +177,14 @@ def test_a_damaged_byte_shows(size: int, data: st.DataObject) -> None:
 def test_pages_in_another_order_show() -> None:
     pages = torch.randint(0, 255, (3, 4096), dtype=torch.uint8)
     assert wire.checksum(pages.flatten()) != wire.checksum(pages[[1, 0, 2]].flatten())
+
+
+def test_a_sequence_that_starts_anew_is_another_one() -> None:
+    index = KvIndex()
+    index.adopt(1, 9, [3, 7, 1])  # was on its way here, and never joined
+    before = index.snapshot()[1]
+    grow(index, 1, (1, 0, 1, [2]))
+    now = index.snapshot()[1]
+    assert (now.tokens, now.blocks) == (1, (2,))
+    assert now.life != before.life
+    assert index.copying[1]
