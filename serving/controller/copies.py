@@ -74,7 +74,7 @@ class Copies:
 
     def lost(self, device: Device) -> None:
         """A worker is gone, and what it kept."""
-        self._holders = {rank: one for rank, one in self._holders.items() if device not in (one, rank[1])}
+        self._holders = {rank: one for rank, one in self._holders.items() if one != device}
         self._complete &= self._holders.keys()
 
     def incomplete(self, numbers: Iterable[int]) -> None:

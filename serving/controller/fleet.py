@@ -131,7 +131,6 @@ class Fleet:
     def worker_lost(self, device: Device, reason: str) -> None:
         """A worker is gone: its replica is broken, and so is a reconfiguration it takes part in."""
         self._resident.pop(device, None)
-        self._copies.lost(device)
         instance = self.membership.instances.get(device.instance)
         if instance is not None and not instance.dismissed:  # otherwise the end of the instance says it
             self._events.emit("worker_lost", device=str(device), reason=reason)
@@ -140,6 +139,7 @@ class Fleet:
         for replica in list(self.dispatcher.replicas.values()):
             if device in replica.devices:
                 self._break(replica, f"{device} was lost")
+        self._copies.lost(device)  # only now: whoever broke had its copies until then
 
     def worker_said(self, device: Device, message: m.Upward) -> None:
         """Tokens go to the ledger, everything else to the reconfiguration under way."""
