@@ -21,7 +21,7 @@ from serving.engine.model import ShardModel
 from serving.engine.place import Place
 from serving.messages import Role
 from serving.settings import EngineSettings
-from serving.worker.groups import Group, Waiting
+from serving.worker.groups import Group, Hop, Waiting
 from serving.worker.movement import HeldTensor
 from serving.worker.replica import Position
 from serving.worker.window import Windows
@@ -71,10 +71,11 @@ class Build:
         own: str,
         *,
         waiting: Waiting | None = None,
-        first: int = 0,
+        ranks: Sequence[int] | None = None,
         windows: Windows | None = None,
+        of_bytes: bool = False,
     ) -> Group:
-        """Meet `members` (rank order, the first of them rank `first` of its replica); collective."""
+        """Meet `members`, in their replica called `ranks`; collective."""
         prefix = f"{self.epoch}/{name}"
         return Group(
             self.store,
@@ -85,15 +86,17 @@ class Build:
             host=self.host,
             timeout_s=self.timeout_s,
             waiting=waiting,
-            first=first,
+            ranks=ranks,
             windows=windows,
+            of_bytes=of_bytes,
         )
 
 
 def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) -> Position:
     """Groups of the replica and of its stage, the KV cache, and the model part over `tensors`; collective."""
     own = role.members[role.rank]
-    group = build.group(f"r{role.replica}", role.members, own)
+    group = build.group(f"r{role.replica}", role.members, own, of_bytes=True)
+    hops = _hops(build, role, group)
     stage, shard = divmod(role.rank, role.shards)
     peers = role.members[stage * role.shards : (stage + 1) * role.shards]
     spec = build.spec
@@ -110,9 +113,9 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
     )
     if numerics_of(build.engine) == "free":
         free = FreeModel(spec, build.engine.free_step_s)
-        return Position(role, free, cache, group, free.draw)
-    first = stage * role.shards
-    comm = build.group(f"r{role.replica}s{stage}", peers, own, waiting=group.waiting, first=first)
+        return Position(role, free, cache, group, free.draw, *hops)
+    ranks = range(stage * role.shards, (stage + 1) * role.shards)
+    comm = build.group(f"r{role.replica}s{stage}", peers, own, waiting=group.waiting, ranks=ranks)
     # What is resident may be more than this position needs.
     weights = {part.name: tensors[part.name].view(Box(part.name, *box)) for part, *box in place.boxes(spec)}
     model = ShardModel(
@@ -125,4 +128,22 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
         timeout_s=build.timeout_s,
     )
     model.warm(graph_sizes(role.max_batch))
-    return Position(role, model, cache, group, model.draw, comm)
+    return Position(role, model, cache, group, model.draw, *hops, comm)
+
+
+def _hops(build: Build, role: Role, group: Group) -> tuple[Hop | None, Hop | None]:
+    """From the stage before and to the one after, shard by shard; between GPUs by a group for each pair."""
+    found: list[Hop | None] = []
+    for low, high in ((role.rank - role.shards, role.rank), (role.rank, role.rank + role.shards)):
+        peer = low + high - role.rank
+        if not 0 <= peer < len(role.members):
+            found.append(None)
+        elif build.device.type == "cpu":
+            found.append(Hop(group, peer))
+        else:
+            pair = [role.members[low], role.members[high]]
+            name, own = f"r{role.replica}h{low}", role.members[role.rank]
+            met = build.group(name, pair, own, waiting=group.waiting, ranks=(low, high))
+            found.append(Hop(met, int(role.rank == low)))
+    before, after = found
+    return before, after

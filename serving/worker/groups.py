@@ -75,6 +75,22 @@ class Pending:
                 _wait(work)
 
 
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """The way to one peer of a group."""
+
+    group: Group
+    peer: int
+
+    def send(self, tensor: Tensor) -> Pending:
+        """See `Group.send`."""
+        return self.group.send(tensor, self.peer)
+
+    def receive(self, tensor: Tensor) -> Tensor:
+        """See `Group.receive`."""
+        return self.group.receive(tensor, self.peer)
+
+
 class Exchange:
     """Messages under way in both directions."""
 
@@ -107,8 +123,8 @@ class Group:
 
     Construction is collective: it returns once all ranks have met in `store` under `prefix`. NCCL takes one
     rank per GPU; where ranks share one, the tensors of the group go through host memory instead. A group
-    that works beside others' steps has `windows` instead of NCCL. `waiting` is kept up to date, in ranks
-    that count from `first` on.
+    that works beside others' steps has `windows` instead of NCCL, and one `of_bytes` needs neither.
+    `waiting` is kept up to date, in `ranks`: what the members are called there.
     """
 
     def __init__(
@@ -122,11 +138,12 @@ class Group:
         host: str,
         timeout_s: float,
         waiting: Waiting | None = None,
-        first: int = 0,
+        ranks: Sequence[int] | None = None,
         windows: Windows | None = None,
+        of_bytes: bool = False,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self.waiting, self._first = waiting or Waiting(), first
+        self.waiting, self._ranks = waiting or Waiting(), tuple(ranks or range(size))
         self._nccl: Any = None  # torch's CPU builds have no type for it
         self._lanes: dict[int, Lane] = {}
         self.direct = False
@@ -140,30 +157,40 @@ class Group:
                 self._lanes = windows.meet(dist.PrefixStore(f"{prefix}/windows", store), self._gloo, rank, size)
                 complete = len(self._lanes) == size - 1
                 self.direct = _agreed(dist.PrefixStore(f"{prefix}/direct", store), rank, size, complete)
-            elif device.type == "cuda" and _on_distinct_gpus(
-                dist.PrefixStore(f"{prefix}/gpu", store), rank, size, device
+            elif (
+                not of_bytes
+                and device.type == "cuda"
+                and _on_distinct_gpus(dist.PrefixStore(f"{prefix}/gpu", store), rank, size, device)
             ):
                 self._nccl = _nccl(dist.PrefixStore(f"{prefix}/nccl", store), rank, size, device, timeout_s)
         except RuntimeError as error:
             raise GroupBroken(f"group {prefix} did not form: {str(error).splitlines()[0][:200]}") from error
 
-    @property
-    def _tensors(self) -> Any:
-        return self._nccl or self._gloo
-
     def send(self, tensor: Tensor, peer: int) -> Pending:
         """Start sending a contiguous tensor."""
-        return self._start(self._tensors, tensor if self._nccl else tensor.cpu(), peer)
+        if self._nccl is not None:
+            work = self._broadcast(tensor, self.rank)
+            return Pending([work], [tensor], self.waiting, self._ranks[peer])
+        return self._start(tensor.cpu(), peer)
+
+    def _broadcast(self, tensor: Tensor, root: int) -> dist.Work:
+        """From one of two ranks to the other: NCCL connects them for collectives when it is made, for messages only
+        at the first one, which takes a third of a second.
+        """
+        assert self.size == 2, "messages of NCCL groups are broadcasts, and a broadcast reaches everybody"
+        options: Any = dist.BroadcastOptions()
+        options.rootRank = root
+        with _broken_groups():
+            work: dist.Work = self._nccl.broadcast([tensor], options)
+        return work
 
     def receive(self, tensor: Tensor, peer: int) -> Tensor:
         """Fill a contiguous tensor from `peer`; on CUDA the stream waits, not the caller."""
         if self._nccl is None and tensor.device.type != "cpu":
             return tensor.copy_(self.receive(torch.empty_like(tensor, device="cpu"), peer))
-        try:
-            work = self._tensors.recv([tensor], peer, 0)
-        except RuntimeError as error:
-            raise GroupBroken(str(error).splitlines()[0][:200]) from error
-        with self.waiting.on(self._first + peer):
+        with _broken_groups():
+            work = self._broadcast(tensor, peer) if self._nccl is not None else self._gloo.recv([tensor], peer, 0)
+        with self.waiting.on(self._ranks[peer]):
             _wait(work)
         self.check()
         return tensor
@@ -174,11 +201,11 @@ class Group:
         raw = torch.frombuffer(bytearray(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload), dtype=torch.uint8)
         head = min(raw.numel(), _PACKET_BYTES)
         packet[:head] = raw[:head]
-        pending = [self._start(self._gloo, packet, peer)]
+        pending = [self._start(packet, peer)]
         if raw.numel() > _PACKET_BYTES:
-            pending.append(self._start(self._gloo, raw[_PACKET_BYTES:], peer))
+            pending.append(self._start(raw[_PACKET_BYTES:], peer))
         works = [work for part in pending for work in part._works]
-        return Pending(works, [packet, raw], self.waiting, self._first + peer)
+        return Pending(works, [packet, raw], self.waiting, self._ranks[peer])
 
     def receive_bytes(self, peer: int) -> bytes:
         """The next bytes from `peer`."""
@@ -194,19 +221,15 @@ class Group:
         return body
 
     def _fill(self, tensor: Tensor, peer: int) -> None:
-        try:
+        with _broken_groups():
             work = self._gloo.recv([tensor], peer, 0)
-        except RuntimeError as error:
-            raise GroupBroken(str(error).splitlines()[0][:200]) from error
-        with self.waiting.on(self._first + peer):
+        with self.waiting.on(self._ranks[peer]):
             _wait(work)
         self.check()
 
-    def _start(self, group: Any, tensor: Tensor, peer: int) -> Pending:
-        try:
-            return Pending([group.send([tensor], peer, 0)], [tensor], self.waiting, self._first + peer)
-        except RuntimeError as error:
-            raise GroupBroken(str(error).splitlines()[0][:200]) from error
+    def _start(self, tensor: Tensor, peer: int) -> Pending:
+        with _broken_groups():
+            return Pending([self._gloo.send([tensor], peer, 0)], [tensor], self.waiting, self._ranks[peer])
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Element-wise sum over the ranks, in rank order on CPU; the same on every rank."""
@@ -264,7 +287,7 @@ class Group:
                 with _broken_groups():
                     lane.post(tensor)
             else:
-                pending.append(self._start(self._gloo, tensor.cpu(), peer))
+                pending.append(self._start(tensor.cpu(), peer))
         return Exchange(self, pending, receives)
 
     def end_exchange(self, tensor: Tensor, peer: int) -> None:
@@ -273,7 +296,7 @@ class Group:
         if lane is None:
             self.receive(tensor, peer)
             return
-        with self.waiting.on(self._first + peer), _broken_groups():
+        with self.waiting.on(self._ranks[peer]), _broken_groups():
             lane.fetch(tensor)
         self.check()
 

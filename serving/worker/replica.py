@@ -41,7 +41,7 @@ from serving.messages import (
     Tokens,
     Wanted,
 )
-from serving.worker.groups import Group, GroupBroken, Pending, Waiting
+from serving.worker.groups import Group, GroupBroken, Hop, Pending, Waiting
 from serving.worker.streams import mark
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Position:
     cache: KvCache
     group: Group
     draw: Callable[[Tensor | None, StepPlan], list[SampledToken]]
+    before: Hop | None = None  # to the same shard of the stage before
+    after: Hop | None = None
     comm: Group | None = None  # of the stage's shards
     index: KvIndex = field(default_factory=KvIndex)
 
@@ -87,24 +89,10 @@ class Position:
         """From any thread: make whatever this rank waits for fail. All groups: a kernel that waits in one of them
         would hold up everything that has to wait for the device, the end of the others included.
         """
-        for group in (self.comm, self.group):
+        hops = [hop.group for hop in (self.before, self.after) if hop is not None]
+        for group in dict.fromkeys([self.comm, self.group, *hops]):
             if group is not None:
                 group.abort()
-
-    @property
-    def stage(self) -> int:
-        """Pipeline stage of this rank."""
-        return self.role.rank // self.role.shards
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank is in the first stage."""
-        return self.stage == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether this rank is in the last stage."""
-        return self.stage == self.role.stages - 1
 
     @property
     def tail(self) -> int:
@@ -174,18 +162,17 @@ class StepLoop(threading.Thread, ABC):
         position = self.position
         position.index.begin(plan)
         self.gate(plan)
-        shards, rank = position.role.shards, position.role.rank
         hidden = None
-        if not position.first:
+        if position.before is not None:
             shape = position.model.rows(plan), position.model.spec.hidden
             buffer = torch.empty(shape, dtype=position.model.hidden_dtype, device=position.group.device)
-            hidden = position.group.receive(buffer, rank - shards)
+            hidden = position.before.receive(buffer)
         output = position.model.forward(plan, hidden)
         position.index.finish(plan, mark(position.group.device))
-        if position.last:
+        if position.after is None:
             return output
         assert output is not None
-        self._later(position.group.send(output.contiguous(), rank + shards))
+        self._later(position.after.send(output.contiguous()))
         return None
 
 

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from serving.controller.rendezvous import Rendezvous
-from serving.worker.groups import GroupBroken, connect_store
+from serving.worker.groups import Group, GroupBroken, Hop, connect_store
 from tests.serving.worker.conftest import Members
 
 QUICK_S = 2.0  # far below the groups' timeout
@@ -100,3 +104,23 @@ def test_no_store_there() -> None:
     store.close()
     with pytest.raises(GroupBroken, match="no rendezvous store"):
         connect_store(store.address, 0.5)
+
+
+def test_messages_of_a_pair_can_be_broadcasts() -> None:
+    """What NCCL does, by a backend that is here and has the same calls."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+
+    def talk(rank: int) -> list[float]:
+        own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
+        group = Group(own, "p", rank, 2, device=torch.device("cpu"), host="127.0.0.1", timeout_s=10.0, ranks=(3, 5))
+        group._nccl = group._gloo
+        hop, heard = Hop(group, 1 - rank), []
+        for step in range(4):
+            if step % 2 == rank:
+                hop.send(torch.full((2, 3), float(step))).wait()
+            else:
+                heard.append(float(hop.receive(torch.empty(2, 3)).sum()))
+        return heard
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(talk, range(2))) == [[6.0, 18.0], [0.0, 12.0]]
