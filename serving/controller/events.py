@@ -6,8 +6,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
+from data.layout import ParallelConfig
+from serving.controller.dispatch import Replica
+from serving.controller.reconfiguration import Outcome
 from serving.requests import Event
 
 logger = logging.getLogger(__name__)
@@ -43,3 +47,27 @@ class EventLog:
                 yield event
             if not self._events or self._events[-1].sequence <= since:
                 await changed.wait()
+
+
+def layout_event(
+    outcome: Outcome, replicas: Sequence[Replica], config: ParallelConfig, replayed: int
+) -> dict[str, Any]:
+    """What a layout event says: who is where, what was moved, and how `replayed` and other requests came through."""
+    positions = [
+        {"replica": index, "stage": rank // one.config.shards, "shard": rank % one.config.shards, "device": str(device)}
+        for index, one in enumerate(replicas)
+        for rank, device in enumerate(one.devices)
+    ]
+    restored, uncopied = outcome.restored, outcome.uncopied
+    return {
+        "epoch": outcome.epoch,
+        "config": str(config),
+        "positions": positions,
+        "moved": outcome.moved,
+        "seconds": outcome.seconds,
+        "requests_moved": len(outcome.heirs) - len(restored),
+        "requests_restored": len(restored),
+        "requests_replayed": replayed,
+        "tokens_reexecuted": sorted(tokens for key, tokens in restored.items() if key not in uncopied),
+        "tokens_reexecuted_uncopied": sorted(tokens for key, tokens in restored.items() if key in uncopied),
+    }

@@ -17,23 +17,22 @@ from planning.transition import LiveReplica, Transition, common, plan_transition
 from serving import messages as m
 from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
-from serving.controller.events import EventLog
+from serving.controller.events import EventLog, layout_event
 from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
 from serving.controller.membership import InstanceState, Membership
 from serving.controller.phases import TransitionFailed
 from serving.controller.progress import standstill
-from serving.controller.reconfiguration import Outcome, Reconfiguration, Stranded
+from serving.controller.reconfiguration import Outcome, Reconfiguration
 from serving.controller.records import Record
+from serving.controller.recovery import Recovery
 from serving.controller.rendezvous import Rendezvous
-from serving.errors import Aborted
 from serving.settings import ServingSettings
 from serving.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_RETRY_S = 5.0
-_ATTEMPTS = 2  # to restore what a broken replica left, before it is replayed
 _DOUBLINGS = 10  # of the pause between attempts; more would overflow long before they were waited for
 _CUDA_PATIENCE = 5  # times stall_s: kernels and links are loaded at their first use
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -68,9 +67,10 @@ class Fleet:
         self._task: asyncio.Task[None] | None = None
         self._early: list[tuple[Device, m.Tokens]] = []  # from replicas that ran before all had said so
         self._early_emissions: list[tuple[int, m.Emission]] = []  # of requests that joined a running replica
-        self._stranded: list[Stranded] = []  # broken replicas whose requests may be restored
         self._copies = Copies(self.membership)
-        self._replayed = 0  # requests queued to be recomputed since the last layout
+        self._recovery = Recovery(
+            self.dispatcher, ledger, metrics, self._copies, most_recoveries=settings.capacity.recoveries
+        )
         self._broken = False  # a replica failed since the last layout
 
     async def start(self) -> int:
@@ -235,54 +235,20 @@ class Fleet:
             # Its KV is gone, and with it the transfers that were planned.
             self._current.fail(f"replica {replica.number} failed: {reason}")
         self._broken = True
-        self._strand(replica)
+        self._recovery.strand(replica)
         for device in replica.devices:
             self.membership.send(device, m.Salvage(replica.number))
         self.dispatch()
         self.fleet_changed()
 
-    def _strand(self, replica: Replica) -> None:
-        records = {record.key: record for record in self.dispatcher.drop([replica.number])}
-        for record in records.values():
-            record.replica = None
-        copied = self._copies.complete(replica)
-        self._copies.ended([replica.number])
-        self._stranded.append(Stranded(replica.number, replica.devices, records, copied))
-
     def _drop_copies(self) -> None:
         """Let go of copies that have become useless, unless they may be in use just now."""
-        if self._current is None and not self._stranded:
+        if self._current is None and not self._recovery.stranded:
             self._copies.keep(self.dispatcher.replicas.values())
 
     def _unrestorable(self, records: Sequence[Record]) -> None:
-        self._replay([record for record in records if record.finish is None])
+        self._recovery.replay(records)
         self.dispatch()
-
-    def _abandon_stranded(self, most_attempts: int) -> None:
-        """Replay what several attempts could not restore."""
-        hopeless = [one for one in self._stranded if one.attempts > most_attempts]
-        self._stranded = [one for one in self._stranded if one.attempts <= most_attempts]
-        for one in hopeless:
-            self._unrestorable(list(one.records.values()))
-
-    def _replay(self, records: Sequence[Record]) -> None:
-        """Queue requests to be recomputed from their journalled tokens; give up on the unlucky."""
-        kept = []
-        for record in records:
-            record.recoveries += 1
-            if record.recoveries > self._settings.capacity.recoveries:
-                record.failure = Aborted(
-                    f"given up after {record.recoveries - 1} recoveries with {len(record.output)} tokens delivered",
-                    tokens=len(record.output),
-                )
-                self._ledger.end(record, "abort")
-                continue
-            self._metrics.replayed(len(record.request.prompt) + len(record.output))
-            record.replayed = len(record.output)
-            kept.append(record)
-        self._metrics.migration("replay", len(kept))
-        self._replayed += len(kept)
-        self.dispatcher.requeue(kept)
 
     # -- reconfiguration --------------------------------------------------------------------------------
 
@@ -323,11 +289,11 @@ class Fleet:
         target = self._target()
         transition = self._plan(target) if target else None
         if target is not None and transition is not None:
-            if not transition.empty or self._stranded:
+            if not transition.empty or self._recovery.stranded:
                 await self._carry_out(transition, target)
             self.config = target
         elif self.dispatcher.replicas:
-            self._abandon_stranded(-1)
+            self._recovery.abandon()
         if self._settings.replication.enabled:
             self._copies.arrange(self.dispatcher.replicas.values())
         self._report_capacity()
@@ -390,7 +356,7 @@ class Fleet:
             self._number,
             self._resident,
             kept=[self.dispatcher.replicas[number] for number in transition.keep],
-            stranded=list(self._stranded),
+            stranded=list(self._recovery.stranded),
             former=self._copies.former,
             tell=lambda phase: self._events.emit(f"reconfiguration_{phase}", epoch=self.epoch),
             unrestorable=self._unrestorable,
@@ -408,13 +374,12 @@ class Fleet:
         self._commit(transition, outcome, attempt, target, mode)
 
     def _after_failure(self, attempt: Reconfiguration, retired: Sequence[Replica]) -> None:
-        for one in attempt.stranded:
-            one.attempts += 1
-        self._abandon_stranded(_ATTEMPTS)
+        self._recovery.failed(attempt.stranded)
+        self.dispatch()
         if attempt.paused:
             for replica in retired:
                 if replica.number in self.dispatcher.replicas:
-                    self._strand(replica)
+                    self._recovery.strand(replica)
         if attempt.activated:  # who took its role over is not known; who did let go of other weights
             needed = attempt.transition.needed
             for device in needed.keys() & self._resident.keys():
@@ -440,14 +405,15 @@ class Fleet:
         for replica in outcome.new:
             self.dispatcher.replicas[replica.number] = replica
         self._rehome(outcome, attempt)
-        self._replay(self.dispatcher.drop(transition.retire))
+        self._recovery.replay(self.dispatcher.drop(transition.retire))
         self._copies.ended(transition.retire)
-        self._forget_stranded(attempt)
+        self._forget(self._recovery.settle(attempt.stranded))
         self.config, self._broken = target, False
         if attempt.store is not None:
             self._stores[outcome.epoch] = attempt.store
         self._close_stores()
-        self._report_layout(outcome, mode)
+        layout = layout_event(outcome, list(self.dispatcher.replicas.values()), target, self._recovery.count())
+        self._events.emit("layout", mode=mode, **layout)
         self._metrics.migration("move", len(outcome.heirs) - len(outcome.restored))
         self._metrics.migration("restore", len(outcome.restored))
         for phase, seconds in outcome.seconds.items():
@@ -457,7 +423,7 @@ class Fleet:
         for number, emission in self._early_emissions:
             if number in self.dispatcher.replicas:
                 self._absorb(self.dispatcher.replicas[number], [emission])
-        self._copies.keep(self.dispatcher.replicas.values(), [one.number for one in self._stranded])
+        self._copies.keep(self.dispatcher.replicas.values(), [one.number for one in self._recovery.stranded])
         self.dispatch()
 
     def _rehome(self, outcome: Outcome, attempt: Reconfiguration) -> None:
@@ -470,44 +436,16 @@ class Fleet:
             record.recoveries += heir.key in outcome.restored
             self.dispatcher.bind(record, heir.target)
 
-    def _forget_stranded(self, attempt: Reconfiguration) -> None:
-        """What could be restored of these replicas was; the rest is replayed, and their caches go."""
-        done = {one.number for one in attempt.stranded}
-        for one in attempt.stranded:
-            self._replay([record for record in one.records.values() if record.finish is None])
-        self._stranded = [one for one in self._stranded if one.number not in done]
-        if done:
+    def _forget(self, numbers: Sequence[int]) -> None:
+        """The caches of broken replicas are of no use any more."""
+        if numbers:
             for device in self.membership.connected_devices():
-                self.membership.send(device, m.Retire(sorted(done)))
+                self.membership.send(device, m.Retire(sorted(numbers)))
 
     def _close_stores(self) -> None:
         in_use = {replica.epoch for replica in self.dispatcher.replicas.values()}
         for epoch in [epoch for epoch in self._stores if epoch not in in_use]:
             self._stores.pop(epoch).close()
-
-    def _report_layout(self, outcome: Outcome, mode: str) -> None:
-        positions = [
-            {"replica": index, "stage": rank // one.config.shards, "shard": rank % one.config.shards, "device": str(d)}
-            for index, one in enumerate(self.dispatcher.replicas.values())
-            for rank, d in enumerate(one.devices)
-        ]
-        self._events.emit(
-            "layout",
-            epoch=outcome.epoch,
-            mode=mode,
-            config=str(self.config),
-            positions=positions,
-            moved=outcome.moved,
-            seconds=outcome.seconds,
-            requests_moved=len(outcome.heirs) - len(outcome.restored),
-            requests_restored=len(outcome.restored),
-            requests_replayed=self._replayed,
-            tokens_reexecuted=sorted(tokens for key, tokens in outcome.restored.items() if key not in outcome.uncopied),
-            tokens_reexecuted_uncopied=sorted(
-                outcome.restored[key] for key in outcome.uncopied & outcome.restored.keys()
-            ),
-        )
-        self._replayed = 0
 
     def _report_capacity(self) -> None:
         starved = not self.dispatcher.replicas

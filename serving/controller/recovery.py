@@ -1,0 +1,83 @@
+"""Requests whose replica broke: they wait until it is known what is left of their KV, or are computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from serving.controller.copies import Copies
+from serving.controller.dispatch import Dispatcher, Replica
+from serving.controller.ledger import Ledger
+from serving.controller.reconfiguration import Stranded
+from serving.controller.records import Record
+from serving.errors import Aborted
+from serving.telemetry import Metrics
+
+_ATTEMPTS = 2  # to restore what a broken replica left, before it is replayed
+
+
+class Recovery:
+    """The broken replicas whose requests may be restored, and the way back into the queue for the others."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, ledger: Ledger, metrics: Metrics, copies: Copies, *, most_recoveries: int
+    ) -> None:
+        self._dispatcher, self._ledger, self._metrics, self._copies = dispatcher, ledger, metrics, copies
+        self._most_recoveries = most_recoveries
+        self._replayed = 0
+        self.stranded: list[Stranded] = []
+
+    def strand(self, replica: Replica) -> None:
+        """A replica is no more, and its requests are in nobody's hands."""
+        records = {record.key: record for record in self._dispatcher.drop([replica.number])}
+        for record in records.values():
+            record.replica = None
+        copied = self._copies.complete(replica)
+        self._copies.ended([replica.number])
+        self.stranded.append(Stranded(replica.number, replica.devices, records, copied))
+
+    def failed(self, stranded: Iterable[Stranded]) -> None:
+        """An attempt to restore these failed; what several could not restore is replayed."""
+        for one in stranded:
+            one.attempts += 1
+        self.settle([one for one in self.stranded if one.attempts > _ATTEMPTS])
+
+    def abandon(self) -> None:
+        """There is nothing to restore to."""
+        self.settle(self.stranded)
+
+    def settle(self, stranded: Sequence[Stranded]) -> list[int]:
+        """What could be restored of these was: the rest is replayed. Returns their numbers."""
+        done = [one.number for one in stranded]
+        self.stranded = [one for one in self.stranded if one.number not in done]
+        for one in stranded:
+            self.replay(list(one.records.values()))
+        return done
+
+    def replay(self, records: Sequence[Record]) -> None:
+        """Queue requests to be recomputed from their journalled tokens; give up on the unlucky."""
+        kept = []
+        for record in records:
+            if record.finish is not None:
+                continue
+            record.recoveries += 1
+            if record.recoveries > self._most_recoveries:
+                self._give_up(record)
+                continue
+            self._metrics.replayed(len(record.request.prompt) + len(record.output))
+            record.replayed = len(record.output)
+            kept.append(record)
+        self._metrics.migration("replay", len(kept))
+        self._replayed += len(kept)
+        self._dispatcher.requeue(kept)
+
+    def _give_up(self, record: Record) -> None:
+        record.failure = Aborted(
+            f"given up after {record.recoveries - 1} recoveries with {len(record.output)} tokens delivered",
+            tokens=len(record.output),
+        )
+        self._ledger.end(record, "abort")
+
+    def count(self) -> int:
+        """How many requests were queued to be recomputed since this was last asked."""
+        replayed, self._replayed = self._replayed, 0
+        return replayed
