@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +21,14 @@ from planning.resharding import Box
 from serving import lifeline
 from serving import messages as m
 from serving.engine.kv_cache import KvCache
-from serving.engine.kv_index import Cached
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.weights import CheckpointReader, read_spec
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
 from serving.worker.build import Build, build_position, compute_device, weight_dtype
+from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
-from serving.worker.keeper import Keeper
 from serving.worker.kv_movement import KvMover
-from serving.worker.kv_stream import KvStream
 from serving.worker.movement import HeldTensor, WeightMover
 from serving.worker.pulse import Pulse
 from serving.worker.replica import Follower, Leader, Position, StepLoop
@@ -49,14 +48,6 @@ class PreparedRole:
     held: dict[str, HeldTensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Salvaged:
-    """The cache of a broken replica, and what is in it."""
-
-    cache: KvCache
-    index: Mapping[int, Cached]
-
-
 class Worker:
     """State of one worker: resident weights, prepared epochs, and the running role."""
 
@@ -74,9 +65,7 @@ class Worker:
         self._prepared: dict[int, PreparedRole] = {}
         self._abandoned_through = -1
         self._loop: StepLoop | None = None
-        self._stream: KvStream | None = None
-        self._salvaged: dict[int, Salvaged] = {}
-        self._keeper = Keeper(settings.host, settings.token)
+        self._copies = Copies(settings)
         self._lock = threading.Lock()  # orders to let go arrive while threads take on
         self._connection: Connection[m.Downward] | None = None
         self._runner = asyncio.get_running_loop()
@@ -91,7 +80,7 @@ class Worker:
         settings = self._settings
         connection = await join(
             controller,
-            m.WorkerHello(settings.token, self._instance, self._index, pid, self._keeper.address),
+            m.WorkerHello(settings.token, self._instance, self._index, pid, self._copies.address),
             frame_bytes=settings.capacity.frame_bytes,
             timeout_s=settings.timeouts.join_s,
             silence_s=settings.timeouts.controller_gone_s,
@@ -287,15 +276,10 @@ class Worker:
             return answer
 
     def _source(self, pieces: m.KvPieces) -> KvCache:
-        if pieces.kept:
-            return self._keeper.cache(pieces.replica, pieces.layers, pieces.heads)
         loop = self._loop
-        if loop is not None and loop.position.role.replica == pieces.replica:
+        if loop is not None and loop.position.role.replica == pieces.replica and not pieces.kept:
             return loop.position.cache
-        salvaged = self._salvaged.get(pieces.replica)
-        if salvaged is None:
-            raise GroupBroken(f"the KV of replica {pieces.replica} is not here any more")
-        return salvaged.cache
+        return self._copies.cache(pieces)
 
     def _target(self, prepared: PreparedRole, pieces: m.KvPieces) -> KvCache:
         return self._receiver(prepared, pieces).cache
@@ -354,8 +338,7 @@ class Worker:
 
     def _retire(self, replicas: list[int]) -> None:
         with self._lock:
-            void = [number for number in self._salvaged if number in replicas]
-            retired: list[object] = [self._salvaged.pop(number) for number in void]
+            retired = self._copies.drop(replicas)
             if self._loop is not None and self._loop.position.role.replica in replicas:
                 retired.append(self._stop_loop())
             if retired:
@@ -365,60 +348,32 @@ class Worker:
         loop = self._loop
         assert loop is not None
         loop.discard()
-        if self._stream is not None:
-            self._stream.stop()
-        self._loop = self._stream = None
+        self._copies.end_stream()
+        self._loop = None
         return loop
 
     def _salvage(self, replica: int) -> None:
         """Stop the loop of a broken replica, and keep its cache at hand."""
         with self._lock:
             if self._loop is not None and self._loop.position.role.replica == replica:
-                position = self._loop.position
-                self._salvaged[replica] = Salvaged(position.cache, position.index.snapshot())
+                self._copies.salvage(self._loop.position)
                 _clear_aside([self._stop_loop()])
 
     def _keep(self, replicas: list[int]) -> None:
         with self._lock:
-            for number in [number for number in self._salvaged if number not in replicas]:
-                del self._salvaged[number]
-        self._keeper.drop_others(replicas)
+            self._copies.keep(replicas)
 
     def _replicate(self, replica: int, address: str) -> None:
         """Copies of the running replica's KV go to another worker from now on."""
+        post = self._poster()
         with self._lock:
             loop = self._loop
-            if loop is None or loop.position.role.replica != replica:
-                return
-            if self._stream is not None:
-                self._stream.stop()
-            self._stream = self._open_stream(loop, address) if address else None
-            stream, lag = self._stream, self._settings.replication.lag_steps
-            loop.gate = (lambda plan: stream.hold(plan, lag)) if stream is not None and lag else lambda plan: None
-
-    def _open_stream(self, loop: StepLoop, address: str) -> KvStream:
-        replica, post = loop.position.role.replica, self._poster()
-        stream = KvStream(
-            address,
-            self._settings.token,
-            replica,
-            loop.position.cache,
-            loop.position.index,
-            frame_bytes=self._settings.replication.frame_bytes,
-            tell=lambda complete: post(m.CopyState(replica, complete)),
-        )
-        stream.start()
-        return stream
+            if loop is not None and loop.position.role.replica == replica:
+                tell = partial(_tell_state, post, replica)
+                loop.gate = self._copies.stream(loop.position, address, tell)
 
     def _survey(self, order: m.Survey) -> m.Message:
-        held = [
-            m.Holding(number, key, one.tokens, cache.layers, cache.heads, False, list(one.blocks))
-            for number in order.replicas
-            if (salvaged := self._salvaged.get(number)) is not None
-            for cache in [salvaged.cache]
-            for key, one in salvaged.index.items()
-        ]
-        return m.Holdings(order.epoch, held + self._keeper.holdings(order.replicas))
+        return m.Holdings(order.epoch, self._copies.holdings(order.replicas))
 
     def _abandon(self, epoch: int) -> None:
         with self._lock:
@@ -437,6 +392,10 @@ class Worker:
         self._keep([])
         self._abandon(max(self._prepared, default=-1))
         self._connection, self._abandoned_through = None, -1
+
+
+def _tell_state(post: Callable[[m.Message], None], replica: int, complete: bool) -> None:
+    post(m.CopyState(replica, complete))
 
 
 def _clear_aside(things: list[Any]) -> None:
