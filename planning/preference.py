@@ -1,4 +1,4 @@
-"""Which devices a target may use while some of them are likely to go."""
+"""Which devices a target may use while some of them are likely to go, and what spares get ready for."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def dependable(
             break
         chosen += [device for device in usable if device.instance == instance and device not in chosen]
     return tuple(sorted(chosen))
+
+
+def spare_ranks(spares: int, ranks: int, advised: Sequence[int]) -> tuple[int, ...]:
+    """Which rank of a replica of `ranks` each of `spares` spare devices gets ready for.
+
+    First those whose devices are likely to go (`advised`), each once, then all in turn.
+    """
+    first = tuple(dict.fromkeys(advised))[:spares]
+    return first + tuple(index % ranks for index in range(spares - len(first)))

@@ -11,7 +11,7 @@ from data.errors import Infeasible
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
 from data.plan import PlanBook
-from planning.preference import dependable
+from planning.preference import dependable, spare_ranks
 from planning.resharding import Box
 from planning.transition import LiveReplica, Transition, common, plan_transition, position_boxes
 from serving import messages as m
@@ -117,6 +117,7 @@ class Fleet:
         """An instance may have to go: nothing new is placed there if there is another place."""
         self._events.emit("advice", instance=instance.name, source=source)
         self._metrics.advised(source)
+        self.fleet_changed()
 
     def instance_lost(self, instance: InstanceState, reason: str) -> None:
         """An instance is gone."""
@@ -301,16 +302,27 @@ class Fleet:
         self._preload_spares()
 
     def _preload_spares(self) -> None:
-        """Devices without a position fetch the weights of one: as many more of each as there are spares."""
+        """Devices without a position fetch the weights of one: of those that are likely to go, then of all in turn."""
         if self.config is None:
             return
         busy = {device for replica in self.dispatcher.replicas.values() for device in replica.devices}
         whole = self._settings.engine.residency == "model"
         config = replace(self.config, stages=1, shards=1, partition=()) if whole else self.config
-        for index, device in enumerate(one for one in self.membership.usable_devices() if one not in busy):
-            boxes = position_boxes(self._spec, config, index)
-            if not self._resident.get(device):
+        spares = [device for device in self.membership.usable_devices() if device not in busy]
+        advised = self._advised_ranks() if not whole else []
+        ranks = spare_ranks(len(spares), config.stages * config.shards, advised)
+        for device, rank in zip(spares, ranks, strict=True):
+            boxes, held = position_boxes(self._spec, config, rank), self._resident.get(device, ())
+            if not held or (rank in advised and common(held, boxes) != boxes):
+                self._resident[device] = common(held, boxes)  # whether or not it manages
                 self.membership.send(device, m.Preload(list(boxes)))
+
+    def _advised_ranks(self) -> list[int]:
+        """Ranks of the present layout's shape on devices that may have to go."""
+        assert self.config is not None
+        shape, advised = replace(self.config, replicas=1), self.membership.advised_devices()
+        replicas = [one for one in self.dispatcher.replicas.values() if one.config == shape]
+        return [rank for one in replicas for rank, device in enumerate(one.devices) if device in advised]
 
     def _target(self) -> ParallelConfig | None:
         return self.book.plan_for(self.membership.state()).config

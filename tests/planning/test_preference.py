@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.layout import Device, ParallelConfig
-from planning.preference import dependable
+from planning.preference import dependable, spare_ranks
 from planning.transition import LiveReplica
 from tests.planning.fleets import Scene, scenes
 
@@ -61,3 +61,16 @@ def test_an_advice_makes_no_plan_impossible_and_ends_no_replica(scene: Scene, da
     assert set(chosen) <= set(scene.usable)
     narrowed = replace(scene, usable=chosen).transition()
     assert set(scene.transition().keep) <= set(narrowed.keep)
+
+
+@given(st.integers(0, 9), st.integers(1, 6), st.lists(st.integers(0, 5), max_size=6))
+def test_spares_get_ready_for_whoever_may_go_and_then_for_all_alike(
+    spares: int, ranks: int, advised: list[int]
+) -> None:
+    advised = [rank for rank in advised if rank < ranks]
+    chosen = spare_ranks(spares, ranks, advised)
+    first = list(dict.fromkeys(advised))[:spares]
+    assert list(chosen[: len(first)]) == first
+    counts = [chosen[len(first) :].count(rank) for rank in range(ranks)]
+    assert len(chosen) == spares
+    assert max(counts) - min(counts) <= 1

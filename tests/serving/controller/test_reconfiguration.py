@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from data.layout import Device
 from data.models import ModelSpec
 from planning.resharding import Box
+from planning.transition import position_boxes
 from serving import messages as m
 from serving.controller.events import EventLog
 from serving.controller.fleet import Fleet
@@ -252,6 +254,34 @@ async def test_an_advised_instance_keeps_what_it_has_and_gets_nothing_new(
         await scene.layout("c", "d")  # though all that `a` has would be of use
         assert scene.fleet.epoch == epoch + 1
         assert "a" in scene.fleet.membership.instances
+
+
+async def test_spares_get_ready_for_the_position_of_an_advised_instance(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a", "b")
+        await scene.layout("a", "b")
+        two = scene.fleet.config
+        assert two is not None
+        scene.fleet.book = replace(
+            scene.fleet.book, plans=tuple(one for one in scene.fleet.book.plans if one.state.instances == 2)
+        )
+        await scene.add("c")
+        spare, boxes = scene.peers["c"], [position_boxes(spec, two, rank) for rank in range(2)]
+        await scene.until(lambda: len(spare.all_heard(m.Preload)) == 1)
+        assert spare.all_heard(m.Preload) == [m.Preload(list(boxes[0]))]
+        spare.worker.send(m.Preloaded(list(boxes[0])))
+        leaving = scene.devices()[1].instance
+        scene.peers[leaving].agent.send(m.Advice(leaving, "aws"))
+        await scene.until(lambda: len(spare.all_heard(m.Preload)) == 2)
+        assert spare.all_heard(m.Preload)[1] == m.Preload(list(boxes[1]))
+        spare.worker.send(m.Preloaded(list(boxes[1])))
+        scene.peers[leaving].agent.send(m.Advice(leaving, "aws"))
+        assert scene.fleet.membership.notice(leaving, 30.0, "api")
+        await scene.until(lambda: "c" in {device.instance for device in scene.devices()})
+        assert len(spare.all_heard(m.Preload)) == 2
+        assert all(one.receives == [] for one in spare.all_heard(m.Prepare) if isinstance(one, m.Prepare))
 
 
 async def test_an_advised_instance_is_used_where_others_do_not_suffice(
