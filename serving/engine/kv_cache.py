@@ -79,21 +79,6 @@ class KvCache:
         index = blocks.reshape(-1)
         return local[0].index_select(0, index).view(shape), local[1].index_select(0, index).view(shape)
 
-    def extract(self, blocks: Sequence[int], tokens: int, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
-        """A contiguous copy `[layers, 2, tokens, heads, head_dim]` of the first `tokens` tokens of a block table.
-
-        `layers` and `heads` are absolute ranges within those held here.
-        """
-        local = self._box(layers, heads)
-        return local.index_select(2, self._slots(blocks, tokens)).contiguous()
-
-    def insert(
-        self, blocks: Sequence[int], tokens: int, layers: tuple[int, int], heads: tuple[int, int], data: Tensor
-    ) -> None:
-        """Store what `extract` returned, perhaps elsewhere, for the same ranges."""
-        local = self._box(layers, heads)
-        local.index_copy_(2, self._slots(blocks, tokens), data.to(local))
-
     def gather(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
         """A contiguous copy `[layers, 2, slots, heads, head_dim]` of cells, of absolute ranges held here."""
         box = self._box(layers, heads)
@@ -143,9 +128,6 @@ class KvCache:
         return self._flat[
             layers[0] - first_layer : layers[1] - first_layer, :, :, heads[0] - first_head : heads[1] - first_head
         ]
-
-    def _slots(self, blocks: Sequence[int], tokens: int) -> Tensor:
-        return torch.from_numpy(self.slots(blocks, 0, tokens)).to(self.device)
 
 
 def _packed(box: Tensor, slots: Tensor) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch
 from data.models import ModelSpec
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.weights import read_spec
+from tests.serving.engine.cells import extract, insert
 from tests.serving.engine.replica import Replica, Stream, serve
 
 PROMPTS = [[1, *((k * i * i + 5 * i + k) % 300 for i in range(length))] for k, length in enumerate([3, 17, 30, 8, 1])]
@@ -95,10 +96,10 @@ def test_moved_kv_equals_kv_computed_here(model: tuple[str, ModelSpec]) -> None:
             for held in source.caches[0]:
                 heads = max(own.heads[0], held.heads[0]), min(own.heads[1], held.heads[1])
                 if heads[0] < heads[1]:
-                    box = held.extract(blocks, len(tokens), own.layers, heads)
-                    own.insert(blocks, len(tokens), own.layers, heads, box)
+                    box = extract(held, blocks, len(tokens), own.layers, heads)
+                    insert(own, blocks, len(tokens), own.layers, heads, box)
             whole = (blocks, len(tokens), own.layers, own.heads)
-            assert torch.equal(own.extract(*whole), expected.extract(*whole))
+            assert torch.equal(extract(own, *whole), extract(expected, *whole))
 
 
 def test_sampled_streams(model: tuple[str, ModelSpec]) -> None:

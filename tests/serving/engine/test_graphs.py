@@ -21,6 +21,7 @@ from serving.engine.models import make_decoder
 from serving.engine.place import Place, SoloCommunicator
 from serving.engine.step import StepTensors
 from serving.requests import Sampling
+from tests.serving.engine.cells import extract, insert
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
@@ -127,10 +128,10 @@ def test_replayed_steps_are_the_eager_ones_and_leave_the_rest_of_the_cache_alone
     other = Part(whole.place, kernel_device)
     for pages in (*whole.cache.pages(0), *whole.cache.pages(1)):
         pages[:BLOCKS].normal_()
-    before = whole.cache.extract(range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1))
-    other.cache.insert(range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1), before)
+    before = extract(whole.cache, range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1))
+    insert(other.cache, range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1), before)
     whole.capture(4, 2)
-    assert torch.equal(whole.cache.extract(range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1)), before)
+    assert torch.equal(extract(whole.cache, range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1)), before)
     plans = [
         decode(3, 6, 0, blocks=[[5], [2, 9], [0]]),
         decode(4, 7, 1, blocks=[[5, 11], [2, 9], [0]]),
@@ -140,7 +141,7 @@ def test_replayed_steps_are_the_eager_ones_and_leave_the_rest_of_the_cache_alone
     for plan in plans:
         expected = other.eager(plan)
         torch.testing.assert_close(whole.replayed(plan), expected)
-        cached = (part.cache.extract(range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1)) for part in (whole, other))
+        cached = (extract(part.cache, range(BLOCKS), BLOCKS * BLOCK_TOKENS, (0, 2), (0, 1)) for part in (whole, other))
         torch.testing.assert_close(*cached)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from serving.engine.kv_cache import KvCache
 from serving.engine.layers import rotate
 from serving.engine.native import NativeNumerics, attend_to_past
+from tests.serving.engine.cells import extract
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
@@ -151,7 +152,7 @@ def test_rows_of_a_cache_are_packed_and_unpacked(
     source, target = (several_layers(kernel_device) for _ in range(2))
     slots = torch.tensor([3, 4, 5, 21, 0], device=kernel_device)
     data, kept = source.gather(slots, layers, heads), target.gather(slots, layers, heads)
-    expected = [source.extract([slot // BLOCK_TOKENS], BLOCK_TOKENS, layers, heads) for slot in slots.tolist()]
+    expected = [extract(source, [slot // BLOCK_TOKENS], BLOCK_TOKENS, layers, heads) for slot in slots.tolist()]
     for index, slot in enumerate(slots.tolist()):
         assert torch.equal(data[:, :, index], expected[index][:, :, slot % BLOCK_TOKENS])
     before = everything(target)
@@ -170,4 +171,4 @@ def several_layers(device: torch.device) -> KvCache:
 
 
 def everything(cache: KvCache) -> Tensor:
-    return cache.extract(range(cache.blocks), cache.blocks * BLOCK_TOKENS, (2, 5), (0, 3))
+    return extract(cache, range(cache.blocks), cache.blocks * BLOCK_TOKENS, (2, 5), (0, 3))

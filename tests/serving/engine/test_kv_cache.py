@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from serving.engine.blocks import BlockAllocator
 from serving.engine.kv_cache import KvCache
+from tests.serving.engine.cells import extract, insert
 
 
 def make_cache() -> KvCache:
@@ -18,11 +19,11 @@ def test_a_box_that_moves_arrives_under_other_blocks() -> None:
     blocks = [7, 2, 9]
     slots = torch.tensor([blocks[at // 4] * 4 + at % 4 for at in range(10)])
     source.write(3, slots, k, v)
-    box = source.extract(blocks, 10, (3, 5), (2, 4))
+    box = extract(source, blocks, 10, (3, 5), (2, 4))
     assert box.shape == (2, 2, 10, 2, 8)
     assert box.is_contiguous()
     assert torch.equal(box[0, 0], k[:, 1:])
-    target.insert([0, 1, 2], 10, (3, 5), (2, 4), box)
+    insert(target, [0, 1, 2], 10, (3, 5), (2, 4), box)
     keys, values = target.read(3, torch.tensor([[0, 1, 2]]))
     assert torch.equal(keys[0, :10, 1:], k[:, 1:])
     assert torch.equal(values[0, :10, 1:], v[:, 1:])
@@ -33,9 +34,9 @@ def test_a_box_that_moves_arrives_under_other_blocks() -> None:
 def test_sizes_and_wrong_boxes() -> None:
     cache = make_cache()
     with pytest.raises(ValueError, match="not within"):
-        cache.extract([0], 1, (0, 3), (1, 2))
+        extract(cache, [0], 1, (0, 3), (1, 2))
     with pytest.raises(ValueError, match="do not fit"):
-        cache.extract([0], 5, (2, 3), (1, 2))
+        extract(cache, [0], 5, (2, 3), (1, 2))
 
 
 @given(st.lists(st.integers(0, 6), max_size=30))
@@ -64,10 +65,10 @@ def test_slots_are_packed_and_unpacked_in_their_order(slots: list[int]) -> None:
             pages.normal_()
     index = torch.tensor(slots, dtype=torch.int64)
     data = source.gather(index, (1, 3), (1, 2))
-    whole = source.extract(range(3), 12, (1, 3), (1, 2))
+    whole = extract(source, range(3), 12, (1, 3), (1, 2))
     assert torch.equal(data, whole.index_select(2, index))
     target.scatter(index, (1, 3), (1, 2), data)
-    found = target.extract(range(3), 12, (1, 3), (0, 2))
+    found = extract(target, range(3), 12, (1, 3), (0, 2))
     assert torch.equal(found[..., 1:, :].index_select(2, index), data)
     assert found.count_nonzero() == data.count_nonzero()
 

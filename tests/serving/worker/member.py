@@ -21,6 +21,7 @@ from serving.engine.weights import CheckpointReader, load_weights, read_spec
 from serving.worker.groups import Group, GroupBroken, connect_store
 from serving.worker.kv_movement import KvMover
 from serving.worker.movement import HeldTensor, WeightMover
+from tests.serving.engine.cells import extract, insert
 
 
 class Task(msgspec.Struct, kw_only=True):
@@ -141,7 +142,7 @@ def move(
     kv.run(switching.sends, switching.receives)
     for span in {span.key: span for one in switching.receives for span in one.spans}.values():
         assert target is not None
-        found = target.extract(span.blocks, span.stop, target.layers, target.heads)
+        found = extract(target, span.blocks, span.stop, target.layers, target.heads)
         if not torch.equal(found, _kv(span.key, span.stop, target)):
             return False
     if new is None:
@@ -174,7 +175,7 @@ def _cache(spec: Any, config: dict[str, Any], rank: int, blocks: int) -> KvCache
 def _fill(source: KvCache, sends: list[m.KvPieces]) -> None:
     for span in (span for piece in sends for span in piece.spans):
         data = _kv(span.key, span.stop, source)
-        source.insert(span.blocks, span.stop, source.layers, source.heads, data)
+        insert(source, span.blocks, span.stop, source.layers, source.heads, data)
 
 
 def _kv(key: int, tokens: int, cache: KvCache) -> Tensor:

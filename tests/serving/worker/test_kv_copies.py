@@ -20,6 +20,7 @@ from serving.requests import Sampling
 from serving.worker import kv_wire as wire
 from serving.worker.keeper import Keeper, KvLog
 from serving.worker.kv_stream import KvStream, next_spans
+from tests.serving.engine.cells import extract
 
 BLOCKS, BLOCK_TOKENS = 12, 4
 
@@ -83,8 +84,8 @@ async def test_a_copy_follows_the_cache_and_forgets_who_ended(keeper: Keeper) ->
     for one in keeper.holdings([5]):
         copy = keeper.cache(5, (3, 4), (2, 3))
         table = {1: [3, 7, 1], 2: [0, 2]}[one.key]
-        found = copy.extract(one.blocks, one.tokens, (2, 4), (1, 3))
-        assert torch.equal(found, source.extract(table, one.tokens, (2, 4), (1, 3)))
+        found = extract(copy, one.blocks, one.tokens, (2, 4), (1, 3))
+        assert torch.equal(found, extract(source, table, one.tokens, (2, 4), (1, 3)))
     index.begin(plan(3, (2, 7, 1, [0, 2]), ended=(1,)))
     await until(lambda: kept(keeper) == {2: 7})
     stream.stop()
