@@ -15,9 +15,8 @@ def extract(
 ) -> Tensor:
     """A copy `[layers, 2, tokens, heads, head_dim]` of the first `tokens` tokens of a block table."""
     slots = torch.from_numpy(cache.slots(blocks, 0, tokens))
-    return torch.stack(
-        [_plane(cache, layer, kind, heads)[slots] for layer in range(*layers) for kind in range(2)]
-    ).view(layers[1] - layers[0], 2, tokens, heads[1] - heads[0], cache.head_dim)
+    planes = [[_plane(cache, layer, kind, heads)[slots] for kind in range(2)] for layer in range(*layers)]
+    return torch.stack([torch.stack(pair) for pair in planes])
 
 
 def insert(

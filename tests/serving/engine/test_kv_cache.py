@@ -34,9 +34,9 @@ def test_a_box_that_moves_arrives_under_other_blocks() -> None:
 def test_sizes_and_wrong_boxes() -> None:
     cache = make_cache()
     with pytest.raises(ValueError, match="not within"):
-        extract(cache, [0], 1, (0, 3), (1, 2))
+        cache.gather(torch.tensor([0]), (0, 3), (1, 2))
     with pytest.raises(ValueError, match="do not fit"):
-        extract(cache, [0], 5, (2, 3), (1, 2))
+        cache.slots([0], 0, 5)
 
 
 @given(st.lists(st.integers(0, 6), max_size=30))
