@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from perennial.comparison import indexed
 from perennial.hang import HangRefused, busiest_thread, hung
-from perennial.testing import collect, compare, fleet, given_plans, reference_streams
+from perennial.testing import compare, fleet, given_plans, reference_streams
+from serving.api.client import Client
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.weights import read_spec
 from serving.requests import GenerationRequest, Limits
@@ -62,6 +65,19 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+async def _follow(client: Client, request: GenerationRequest, delivered: list[tuple[int, int]]) -> None:
+    options = {"request_id": request.request_id, "limits": request.limits, "resumable": request.resumable}
+    async with contextlib.aclosing(client.stream(request.prompt, **options)) as chunks:
+        async for chunk in chunks:
+            delivered += indexed([chunk])
+
+
+def _patience(seconds: float) -> float:
+    """Longer where others compute on these cores too."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1], ids=["the leader", "its peer"])
 async def test_a_replica_that_hangs_is_given_up_within_a_second_or_two(tmp_path: Path, rank: int) -> None:
     checkpoint = str(tmp_path / "model")
@@ -74,7 +90,8 @@ async def test_a_replica_that_hangs_is_given_up_within_a_second_or_two(tmp_path:
     expected = reference_streams(checkpoint, [request])["r"]
     plan = given_plans(read_spec(checkpoint), {1: "1x1x1", 2: "1x1x2"})
     async with fleet(checkpoint, instances=2, plan=plan) as service, service.client() as client:
-        stream = asyncio.create_task(collect(client, request))
+        delivered: list[tuple[int, int]] = []
+        stream = asyncio.create_task(_follow(client, request, delivered))
         async with asyncio.timeout(30.0):
             while not (info := await client.server_info()).running:  # noqa: ASYNC110 - the service is elsewhere
                 await asyncio.sleep(0.01)
@@ -85,5 +102,10 @@ async def test_a_replica_that_hangs_is_given_up_within_a_second_or_two(tmp_path:
         assert not stream.done(), "there is nothing left to disturb"
         with _permitted(thread):
             failed = await service.wait_event(lambda event: event.kind == "replica_failed", since=since)
-        assert failed.time_s - began < 3.5
-        assert not compare(expected, await asyncio.wait_for(stream, 60.0))
+        assert failed.time_s - began < _patience(3.5)
+        more = min(len(delivered) + 80, len(expected))
+        async with asyncio.timeout(60.0):
+            while len(delivered) < more:  # noqa: ASYNC110 - the service is elsewhere
+                await asyncio.sleep(0.05)
+        stream.cancel()
+        assert not compare(expected, delivered, finished=False)

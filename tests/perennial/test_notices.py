@@ -34,6 +34,7 @@ def disturbed(events: Sequence[Event]) -> int:
     return sum(int(one["requests_moved"]) + int(one["requests_replayed"]) for one in layouts)
 
 
+@pytest.mark.slow
 async def test_a_spot_instance_is_advised_interrupted_and_gone_without_a_lost_token(checkpoint: str) -> None:
     requests = [arrival.request for arrival in scenario(5, SHAPE).arrivals]
     reference = reference_streams(checkpoint, requests)

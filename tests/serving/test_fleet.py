@@ -168,6 +168,7 @@ async def test_a_controller_with_a_new_journal_takes_the_workers_of_the_old_one(
     assert (await fleet.ready(2)).epoch == 1
 
 
+@pytest.mark.slow
 async def test_all_capacity_lost_and_returned(fleet: LiveFleet, undisturbed: list[list[int]]) -> None:
     async with streams(fleet, undisturbed, "capacity"):
         for name in [name for name in fleet.processes if name != "controller"]:
@@ -221,6 +222,7 @@ async def test_an_agent_with_a_wrong_token_is_turned_away(fleet: LiveFleet, undi
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 async def test_plans_are_reloaded_and_bad_ones_refused(fleet: LiveFleet, undisturbed: list[list[int]]) -> None:
     good = plan_book(fleet.spec, {**CONFIGS, 2: (1, 1, 2)})
     content = good.to_bytes()
