@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from serving.errors import PerennialError
+from serving.worker.checksum import as_bytes, checksum
 from serving.worker.window import Lane, Windows
 
 logger = logging.getLogger(__name__)
@@ -279,7 +280,7 @@ class Group:
 
     def begin_exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
         """Swap contiguous tensors with peers; those between one pair match in order. More may begin before the
-        first has ended, up to two.
+        first has ended, up to two. What goes through host memory, perhaps to another host, brings its checksum.
         """
         pending = []
         for tensor, peer in sends:
@@ -287,18 +288,29 @@ class Group:
                 with _broken_groups():
                     lane.post(tensor)
             else:
-                pending.append(self._start(tensor.cpu(), peer))
+                host = tensor.cpu()
+                pending += [self._start(host, peer), self._start(_checksum(host), peer)]
         return Exchange(self, pending, receives)
 
     def end_exchange(self, tensor: Tensor, peer: int) -> None:
-        """Receive one tensor of an exchange."""
+        """Receive one tensor of an exchange. Raises `GroupBroken` if it arrived damaged."""
         lane = self._lane(peer, tensor)
         if lane is None:
-            self.receive(tensor, peer)
+            self._receive_checked(tensor, peer)
             return
         with self.waiting.on(self._ranks[peer]), _broken_groups():
             lane.fetch(tensor)
         self.check()
+
+    def _receive_checked(self, tensor: Tensor, peer: int) -> None:
+        host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+        expected = torch.empty(1, dtype=torch.int64)
+        self._fill(host, peer)
+        self._fill(expected, peer)
+        if not torch.equal(_checksum(host), expected):
+            raise GroupBroken(f"a message of rank {peer} arrived damaged")
+        if host is not tensor:
+            tensor.copy_(host)
 
     def _lane(self, peer: int, tensor: Tensor) -> Lane | None:
         """The lane that a message takes, the same for both ends: it may exceed a slot where other peers have none."""
@@ -329,6 +341,10 @@ class Group:
         began = time.monotonic()
         self._nccl.abort()
         logger.info("NCCL's abort returned after %.2f s", time.monotonic() - began)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    return torch.tensor([checksum(as_bytes(tensor))])
 
 
 def _agreed(store: dist.Store, rank: int, size: int, own: bool) -> bool:

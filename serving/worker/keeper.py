@@ -18,6 +18,7 @@ from serving.engine.kv_cache import KvCache
 from serving.errors import TransportError
 from serving.messages import Holding
 from serving.worker import kv_wire as wire
+from serving.worker.checksum import checksum
 from serving.worker.groups import GroupBroken
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class KvLog:
 
     def append(self, frame: wire.Frame, body: Tensor) -> None:
         """Take a frame. Raises `TransportError` if it is damaged, or continues what is not here."""
-        if wire.checksum(body) != frame.crc:
+        if checksum(body) != frame.crc:
             raise TransportError(f"frame {frame.number} arrived damaged")
         with self._lock:
             if self._closed:

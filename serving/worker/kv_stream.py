@@ -23,6 +23,7 @@ from serving.engine.kv_cache import KvCache
 from serving.engine.kv_index import Cached, Kept, KvIndex
 from serving.errors import TransportError
 from serving.worker import kv_wire as wire
+from serving.worker.checksum import as_bytes, checksum
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +193,14 @@ class KvStream(threading.Thread):
         data = self._load(spans) if spans else None
         if any(not self._index.unchanged(span.key, span.cached) for span in spans):
             return  # blocks may have been given to somebody else while they were read
-        body = wire.as_bytes(data) if data is not None else None
+        body = as_bytes(data) if data is not None else None
         self._numbers += 1
         with self._answered:
             self._unanswered[self._numbers] = spans
             while len(self._unanswered) > _WINDOW and self._connection is connection:
                 self._answered.wait(_PATIENCE_S)
         frame = [(span.key, span.start, span.stop) for span in spans]
-        wire.send(connection, wire.Frame(self._numbers, frame, ended, wire.checksum(body) if body else 0), body)
+        wire.send(connection, wire.Frame(self._numbers, frame, ended, checksum(body) if body else 0), body)
         for key in ended:
             del self._sent[key]
         for span in spans:

@@ -6,11 +6,9 @@ A message is eight bytes (length of head, length of body), a msgpack head, and a
 from __future__ import annotations
 
 import socket
-import zlib
 from typing import TypeVar
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from serving.errors import TransportError
 
 _LENGTH_BYTES = 4
 _HEAD_BYTES = 4 << 20
-_PAGE_BYTES = 4096
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Head = TypeVar("Head")
@@ -108,21 +105,6 @@ def receive(
         raise TransportError("the connection was lost") from error
     except msgspec.MsgspecError as error:
         raise TransportError(f"not a message of KV: {error}") from error
-
-
-def checksum(data: Tensor | memoryview) -> int:
-    """CRC-32 of the sums of 64-bit words of every 4 KiB, and of the bytes that are left: as quick as memory is read,
-    where a CRC of all would be slower than the link.
-    """
-    found = np.frombuffer(data.numpy().data if isinstance(data, Tensor) else data, np.uint8)
-    whole = found.size // _PAGE_BYTES * _PAGE_BYTES
-    sums = found[:whole].view(np.uint64).reshape(-1, _PAGE_BYTES // 8).sum(1, dtype=np.uint64)
-    return zlib.crc32(found[whole:].tobytes(), zlib.crc32(sums.tobytes()))
-
-
-def as_bytes(data: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, shared."""
-    return data.view(-1).view(torch.uint8).numpy().data
 
 
 def _exactly(connection: socket.socket, size: int, room: Room | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from serving.controller.rendezvous import Rendezvous
+from serving.worker.checksum import as_bytes, checksum
 from serving.worker.groups import Group, GroupBroken, Hop, connect_store
 from tests.serving.worker.conftest import Members
 
@@ -124,3 +125,25 @@ def test_messages_of_a_pair_can_be_broadcasts() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(talk, range(2))) == [[6.0, 18.0], [0.0, 12.0]]
+
+
+def test_a_message_that_arrives_damaged_breaks_the_group() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+
+    def talk(rank: int) -> bool:
+        own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
+        group = Group(own, "d", rank, 2, device=torch.device("cpu"), host="127.0.0.1", timeout_s=10.0)
+        data = torch.arange(5000, dtype=torch.float32)
+        if rank == 0:
+            group.begin_exchange([(data, 1)], []).wait()
+            for part in (data + (data == 77), torch.tensor([checksum(as_bytes(data))])):
+                group.send(part, 1).wait()
+            return True
+        room = torch.empty_like(data)
+        group.begin_exchange([], [(room, 0)]).wait()
+        with pytest.raises(GroupBroken, match="damaged"):
+            group.begin_exchange([], [(room, 0)]).wait()
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(talk, range(2))) == [True, True]

@@ -18,6 +18,7 @@ from serving.engine.kv_index import Cached, KvIndex
 from serving.errors import TransportError
 from serving.requests import Sampling
 from serving.worker import kv_wire as wire
+from serving.worker.checksum import as_bytes, checksum
 from serving.worker.keeper import Keeper, KvLog
 from serving.worker.kv_stream import KvStream, next_spans
 from tests.serving.engine.cells import extract
@@ -147,11 +148,11 @@ def test_who_does_not_know_the_token_is_told_so(keeper: Keeper) -> None:
 def test_damage_and_gaps_are_refused() -> None:
     log = KvLog(wire.Greeting("", 5, (0, 1), (0, 1), 2, 2, 4, "float32"))
     body = torch.arange(2 * 3 * 2, dtype=torch.float32).view(torch.uint8)
-    log.append(wire.Frame(1, [(1, 0, 3)], [], wire.checksum(body)), body)
+    log.append(wire.Frame(1, [(1, 0, 3)], [], checksum(body)), body)
     for frame in (
-        wire.Frame(2, [(1, 3, 6)], [], wire.checksum(body) ^ 1),
-        wire.Frame(2, [(1, 4, 7)], [], wire.checksum(body)),
-        wire.Frame(2, [(2, 1, 4)], [], wire.checksum(body)),
+        wire.Frame(2, [(1, 3, 6)], [], checksum(body) ^ 1),
+        wire.Frame(2, [(1, 4, 7)], [], checksum(body)),
+        wire.Frame(2, [(2, 1, 4)], [], checksum(body)),
     ):
         with pytest.raises(TransportError):
             log.append(frame, body)
@@ -171,13 +172,13 @@ def test_a_damaged_byte_shows(size: int, data: st.DataObject) -> None:
     at, change = data.draw(st.integers(0, size - 1)), data.draw(st.integers(1, 255))
     damaged = body.clone()
     damaged[at] ^= change
-    assert wire.checksum(damaged) != wire.checksum(body)
-    assert wire.checksum(wire.as_bytes(body)) == wire.checksum(body)
+    assert checksum(damaged) != checksum(body)
+    assert checksum(as_bytes(body)) == checksum(body)
 
 
 def test_pages_in_another_order_show() -> None:
     pages = torch.randint(0, 255, (3, 4096), dtype=torch.uint8)
-    assert wire.checksum(pages.flatten()) != wire.checksum(pages[[1, 0, 2]].flatten())
+    assert checksum(pages.flatten()) != checksum(pages[[1, 0, 2]].flatten())
 
 
 def test_a_sequence_that_starts_anew_is_another_one() -> None:
