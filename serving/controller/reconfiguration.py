@@ -242,6 +242,8 @@ class Reconfiguration:
                     self._records[key] = record
                     self._copied_whole |= {key} if stranded.copied else set()
                 else:
+                    held = [(str(one.device), one.replica, one.tokens) for one in found.get(key, [])]
+                    logger.info("request %s is replayed; found of its KV: %s", record.request.request_id, held)
                     lost.append(stranded.records.pop(key))
         self.unrestorable(lost)
 
@@ -350,6 +352,10 @@ class Reconfiguration:
     def _tokens(self, key: int) -> int:
         return self._restorable[key] if key in self._restorable else self._sequences[key].cached_tokens
 
+    def _most_tokens(self, key: int) -> int:
+        request = self._records[key].request
+        return min(len(request.prompt) + request.limits.max_tokens, self.spec.max_positions)
+
     def _seat(self) -> None:
         """Give every sequence blocks in a new replica: its heir, but no heir more than its share."""
         keys = sorted(self._restorable.keys() | self._sequences.keys())
@@ -360,7 +366,7 @@ class Reconfiguration:
             home = self._homes.get(key)
             options = [home] if home is not None else sorted(self.new, key=lambda one: self._rank(key, one, share))
             for replica in options:
-                if self._seating[replica.number].fit(key, self._tokens(key)):
+                if self._seating[replica.number].fit(key, self._tokens(key), self._most_tokens(key)):
                     self._homes[key] = replica
                     break
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from serving.controller.copies import Copies
@@ -11,6 +12,8 @@ from serving.controller.reconfiguration import Stranded
 from serving.controller.records import Record
 from serving.errors import Aborted
 from serving.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2  # to restore what a broken replica left, before it is replayed
 
@@ -50,6 +53,8 @@ class Recovery:
         done = [one.number for one in stranded]
         self.stranded = [one for one in self.stranded if one.number not in done]
         for one in stranded:
+            left = [record.request.request_id for record in one.records.values()]
+            logger.info("of replica %d %s are replayed", one.number, left or "none")
             self.replay(list(one.records.values()))
         return done
 

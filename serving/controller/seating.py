@@ -11,19 +11,21 @@ class Seating:
     def __init__(self, blocks: int, block_tokens: int) -> None:
         self._allocator = BlockAllocator(blocks)
         self._block_tokens = block_tokens
+        self._most: dict[int, int] = {}  # blocks that a sequence can come to need
         self.seats: dict[int, list[int]] = {}
 
-    def fit(self, key: int, tokens: int) -> bool:
+    def fit(self, key: int, tokens: int, most_tokens: int) -> bool:
         """Give sequence `key` room for `tokens` tokens; what it had stays where it is.
 
-        False if there is too little: each sequence seated must still be able to take its next token.
+        False if there is too little: each sequence seated must still be able to take its next token, unless
+        it has all the blocks that its `most_tokens` need.
         """
-        seat = self.seats.get(key, [])
+        seat, most = self.seats.get(key, []), blocks_for(most_tokens, self._block_tokens)
         missing = max(0, blocks_for(tokens, self._block_tokens) - len(seat))
-        seated = len(self.seats) + (key not in self.seats)
-        if self._allocator.available < missing + seated:
+        growing = sum(len(other) < self._most[one] for one, other in self.seats.items() if one != key)
+        if self._allocator.available < missing + growing + (len(seat) + missing < most):
             return False
-        self.seats[key] = seat + self._allocator.allocate(missing)
+        self.seats[key], self._most[key] = seat + self._allocator.allocate(missing), most
         return True
 
     def leave(self, key: int) -> None:

@@ -29,8 +29,8 @@ class Kept(NamedTuple):
 class KvIndex:
     """Kept by the step loop, read by whoever copies. Safe to use from any thread.
 
-    A token counts once it is certain to be computed on every rank, or has just been computed here: a
-    plan says from where a sequence goes on, so all before that is certain.
+    A token counts once it has been computed here. What a failure leaves on all ranks together is the least
+    that any of them counts.
 
     The index also knows which sequences are *behind*: those whose KV was here before its copy began, until
     the copy is complete for the first time. Nothing waits for these.
@@ -57,15 +57,15 @@ class KvIndex:
                 self._set(one.key, one.start, one.blocks)
 
     def finish(self, plan: StepPlan, mark: object = None) -> None:
-        """After it: single tokens count at once, chunks of a prompt when the next plan builds on them.
+        """After it: its tokens count.
 
         `mark` is what a reader has to wait for before the KV of this step is in memory (a CUDA event).
         """
         with self._changed:
             self.mark = mark
             for one in plan.sequences:
-                if len(one.tokens) == 1 and one.key in self._entries:
-                    self._set(one.key, one.start + 1, one.blocks)
+                if one.key in self._entries:
+                    self._set(one.key, one.start + len(one.tokens), one.blocks)
             self._changed.notify_all()
 
     def adopt(self, key: int, tokens: int, blocks: Sequence[int]) -> None:

@@ -94,7 +94,7 @@ def inheritance(scene: Scene, data: st.DataObject) -> tuple[list[Heir], list[Rep
     for source in retired:
         for one in found[source.number] if new else ():
             target = data.draw(st.sampled_from(new))
-            if seating[target.number].fit(one.key, one.cached_tokens):
+            if seating[target.number].fit(one.key, one.cached_tokens, 10_000):
                 blocks = tuple(seating[target.number].seats[one.key])
                 heirs.append(Heir(one.key, one.cached_tokens, live_sources(SPEC, source, one), target, blocks))
     assert transition.retire == tuple(replica.number for replica in retired)

@@ -82,7 +82,7 @@ def _text(order: m.Message) -> str:
 def _heirs(spec: ModelSpec, draw: random.Random, source: Replica, target: Replica) -> list[Heir]:
     seating = Seating(KV_BLOCKS, BLOCK_TOKENS)
     residents = _residents(draw)
-    assert all(seating.fit(one.key, one.cached_tokens) for one in residents)
+    assert all(seating.fit(one.key, one.cached_tokens, 10_000) for one in residents)
     return [
         Heir(one.key, one.cached_tokens, live_sources(spec, source, one), target, tuple(seating.seats[one.key]))
         for one in residents
