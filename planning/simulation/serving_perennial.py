@@ -27,14 +27,20 @@ Policy = Callable[[int, Target | None], Target | None]  # (instances, what runs)
 class Charges:
     """What a transition costs beside bytes, and which parts of the system are at work.
 
-    `cut_s` is the pause of a switch without its KV; weights prepared in the background get
-    `background` of a link. `start_s` is for the workers of a new instance, `disk_bytes_per_s` for
-    weights that nobody holds. The switches are those of the ablation.
+    `cut_s` is the pause of a switch without its KV, `prepare_s` what preparing takes beside bytes, and
+    `slowdown` how much longer steps of replicas that take part in it need meanwhile; weights then get
+    `background` of a link. What is fetched in advance gets `trickle` of it, and slows everybody in
+    proportion, as sending does. `start_s` is for the workers of a new instance, `disk_bytes_per_s` for
+    weights that nobody holds. The switches are those of the ablation. Defaults are our own measurements
+    on GPUs: the longest pause and preparation, the median slowdown (docs/spot.md).
     """
 
     start_s: float = 5.0
     cut_s: float = 0.49
+    prepare_s: float = 2.8
+    slowdown: float = 1.12
     background: float = 0.5
+    trickle: float = 0.1
     disk_bytes_per_s: float = 1e9
     margin_s: float = 1.0
     mapping: bool = True
@@ -58,6 +64,7 @@ class _Move:
     keep: list[_Replica]
     retire: list[_Replica]
     new: list[tuple[str, ...]]
+    begin_s: float = 0.0
     prepared_s: float = 0.0
     moved_bytes: float = 0.0
     excess_s: float = 0.0
@@ -90,18 +97,20 @@ class _Run:
     resident: dict[str, Cells] = field(default_factory=dict)
     coming: dict[str, tuple[float, Cells]] = field(default_factory=dict)
     transitions: list[Transition] = field(default_factory=list)
+    busy: set[str] = field(default_factory=set)
+    busy_s: float = 0.0  # until then these instances prepare
 
     def handle(self, event: FleetEvent) -> None:
         """Plan at the notice, switch when it is prepared, and enforce the deadline."""
         if event.time_s > 0:
-            self.service.advance(max(event.notice_s, self.service.now_s))
+            self._advance(max(event.notice_s, self.service.now_s))
         self._arrive()
         after = [name for name in [*self.instances, *event.added] if name not in event.removed]
         now = (self.replicas[0].shape, len(self.replicas)) if self.replicas else None
         target = self.policy(len(after), now)
         move = self._plan(event, target, after)
         self._execute(event, move)
-        self.service.advance(max(event.time_s, self.service.now_s) if event.removed else self.service.now_s)
+        self._advance(max(event.time_s, self.service.now_s) if event.removed else self.service.now_s)
         self.instances = after
         for name in event.removed:
             self.resident.pop(name, None)
@@ -110,9 +119,20 @@ class _Run:
 
     def finish(self, end_s: float) -> None:
         """To the end of the trace, then on until all is done or nothing can be."""
-        self.service.advance(end_s)
+        self._advance(end_s)
         while not self.service.all_done and self.service.now_s < end_s + DRAIN_S:
             self.service.advance(self.service.now_s + 600.0)
+
+    def _advance(self, until_s: float) -> None:
+        """Serve, slower while weights are prepared or fetched."""
+        charges, service = self.charges, self.service
+        fetching_s = max((at_s for at_s, _ in self.coming.values()), default=0.0)
+        gentle = 1 + (charges.slowdown - 1) * charges.trickle / charges.background
+        busy = np.full(service.most, gentle)
+        busy[[one.number for one in self.replicas if set(one.instances) & self.busy]] = charges.slowdown
+        service.advance(min(until_s, self.busy_s), busy)
+        service.advance(min(until_s, fetching_s), gentle)
+        service.advance(until_s)
 
     def _plan(self, event: FleetEvent, target: Target | None, after: Sequence[str]) -> _Move:
         if target is None:
@@ -150,7 +170,8 @@ class _Run:
         costs, charges, now_s = self.costs, self.charges, self.service.now_s
         link = costs.link_bytes_per_s * charges.background
         known = sum((cells.astype(np.int64) for cells in self.resident.values()), np.zeros(1, dtype=np.int64))
-        move.prepared_s = now_s
+        move.prepared_s = now_s + charges.prepare_s if move.new else now_s
+        longest_s = 0.0
         for names in move.new:
             for name, role in zip(names, costs.roles(move.shape), strict=True):
                 held = self.resident.get(name)
@@ -158,12 +179,15 @@ class _Run:
                 lost = float((missing & (known == 0)).sum()) * costs.cell_bytes
                 size = float(missing.sum()) * costs.cell_bytes + (0.0 if held is not None else costs.embedding_bytes)
                 begin_s = now_s if name not in event.added else max(event.time_s, now_s) + charges.start_s
+                begin_s += charges.prepare_s
                 ready_s = begin_s + (size - lost) / link + lost / charges.disk_bytes_per_s
                 move.prepared_s = max(move.prepared_s, ready_s)
                 move.moved_bytes += size
+                longest_s = max(longest_s, size / link)
                 move.excess_s = max(move.excess_s, self._excess(name, role) / costs.link_bytes_per_s)
         sources = max(len(self.resident), 1)
         move.prepared_s = max(move.prepared_s, now_s + move.moved_bytes / (link * sources))
+        move.begin_s = max(move.prepared_s - longest_s - charges.prepare_s, now_s)
 
     def _excess(self, name: str, role: Cells) -> float:
         """Bytes of a new role that do not fit beside the one in use and its KV."""
@@ -190,12 +214,15 @@ class _Run:
             moment_s = max(moment_s, event.time_s - lead_s)
         if not charges.arranger:
             for one in move.retire:
-                service.give_back(sum(service.stop(one.number), []))
+                service.give_up(one.number)
         if doomed and moment_s > event.time_s:
-            service.advance(event.time_s)
+            self._advance(event.time_s)
             for one in doomed:
-                service.give_back(sum(service.stop(one.number), []))
-        service.advance(moment_s)
+                service.give_up(one.number)
+        if move.new:
+            self._advance(move.begin_s)
+            self.busy, self.busy_s = {name for names in move.new for name in names}, move.prepared_s
+        self._advance(moment_s)
         pause_s = charges.cut_s + move.excess_s + self._kv_s(move) if move.retire else 0.0
         running: list[int] = []
         for one in move.retire:
@@ -273,7 +300,7 @@ class _Run:
         """Fetch what the layouts of one or two instances more or less would need, as far as memory goes."""
         if not self.charges.residency or not self.replicas:
             return
-        link = self.costs.link_bytes_per_s * self.charges.background
+        link = self.costs.link_bytes_per_s * self.charges.trickle
         now = self.replicas[0].shape, len(self.replicas)
         used = {name: (one, slot) for one in self.replicas for slot, name in enumerate(one.instances)}
         wanted = self._neighbours(now)

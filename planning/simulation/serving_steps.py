@@ -102,6 +102,11 @@ class Service:
         it.running[replica] = it.held[replica] = it.accepts[replica] = 0
         return ids[:running], ids[running:]
 
+    def give_up(self, replica: int) -> None:
+        """A replica is gone with all KV: its requests are computed again, elsewhere."""
+        running, waiting = self.stop(replica)
+        self.give_back([*running, *waiting])
+
     def close(self, replica: int) -> None:
         """No new requests for a replica; those that wait in it go back to the line."""
         it = self.replicas
@@ -132,16 +137,20 @@ class Service:
         """No step begins before `until_s`."""
         self.replicas.free_s[replica] = max(float(self.replicas.free_s[replica]), until_s)
 
-    def advance(self, until_s: float) -> None:
-        """Serve up to `until_s`."""
+    def advance(self, until_s: float, slowdown: Array | float = 1.0) -> None:
+        """Serve up to `until_s`, every step of a replica taking its `slowdown` times as long."""
         if until_s > self.now_s:
-            _advance(self.now_s, until_s, self.line, self.replicas)
+            it, factor = self.replicas, np.broadcast_to(np.asarray(slowdown, dtype=np.float64), self.most)[:, None]
+            slowed = it._replace(
+                decode_s=it.decode_s * factor, through_s=it.through_s * factor, slowest_s=it.slowest_s * factor
+            )
+            _advance(self.now_s, until_s, self.line, slowed)
             self.now_s = until_s
 
 
 @njit(cache=True)
 def _advance(now: float, until: float, line: _Line, it: _Replicas) -> None:
-    arriving = np.searchsorted(line.arrival_s, now, side="right")
+    arriving = int(np.searchsorted(line.arrival_s, now, side="right"))
     _hand_out(now, arriving, line, it)
     while True:
         acting = -1
@@ -233,7 +242,7 @@ def _step(replica: int, t: float, line: _Line, it: _Replicas) -> bool:
         else:
             it.ids[replica, kept] = request
             kept += 1
-    freed = kept < it.running[replica]
+    freed = bool(kept < it.running[replica])
     for index in range(fresh):
         it.ids[replica, kept + index] = it.ids[replica, it.running[replica] + index]
     it.running[replica] = kept
