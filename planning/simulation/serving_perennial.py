@@ -19,6 +19,8 @@ from planning.simulation.serving import DRAIN_S, Array, FleetEvent, Outcome, Tra
 from planning.simulation.serving_steps import Service
 from planning.step_costs import INPUT_TOKENS, Cells, Shape, StepCosts
 
+MOST_REPLICAS = 32
+
 Target = tuple[Shape, int]  # shape and replicas
 Policy = Callable[[int, Target | None], Target | None]  # (instances, what runs) -> what to run
 
@@ -78,7 +80,7 @@ def simulate_perennial(
     charges: Charges | None = None,
 ) -> Outcome:
     """Our system on `trace`, with what `policy` says to run on so many instances."""
-    service = Service(before(arrival_s, trace.duration_s), most=64)
+    service = Service(before(arrival_s, trace.duration_s), most=MOST_REPLICAS)
     run = _Run(costs, charges or Charges(), policy, service)
     for event in events_of(trace):
         run.handle(event)
@@ -209,12 +211,9 @@ class _Run:
             return
         doomed = [one for one in move.retire if set(one.instances) & set(event.removed)]
         moment_s = move.prepared_s
-        if doomed:
+        if doomed and charges.arranger:
             lead_s = charges.margin_s + charges.cut_s + self._kv_s(move)
             moment_s = max(moment_s, event.time_s - lead_s)
-        if not charges.arranger:
-            for one in move.retire:
-                service.give_up(one.number)
         if doomed and moment_s > event.time_s:
             self._advance(event.time_s)
             for one in doomed:
@@ -226,6 +225,9 @@ class _Run:
         pause_s = charges.cut_s + move.excess_s + self._kv_s(move) if move.retire else 0.0
         running: list[int] = []
         for one in move.retire:
+            if not charges.arranger:
+                service.give_up(one.number)
+                continue
             moved, waiting = service.stop(one.number)
             service.give_back(waiting)
             running += moved

@@ -127,6 +127,8 @@ def drain(pipelines: Pipelines, requests: Requests, now_s: float, end_s: float) 
     """To the end of the trace, then on until everything that arrived is done or nothing can be."""
     advance(pipelines, requests, now_s, end_s)
     now_s = end_s
+    if not pipelines.any_up:
+        return
     while not requests.all_done and now_s < end_s + DRAIN_S:
         advance(pipelines, requests, now_s, now_s + 60.0)
         now_s += 60.0

@@ -166,6 +166,11 @@ class Pipelines:
         self.start(slot, inf)
         return lost
 
+    @property
+    def any_up(self) -> bool:
+        """Whether any pipeline serves or will."""
+        return bool((np.isfinite(self.slots.up_s) & np.isinf(self.slots.stopped_s)).any())
+
     def grown(self, count: int) -> Pipelines:
         """The same pipelines, as they are, among `count`."""
         more = Pipelines(count, self.times, self.pool, self.fill)
@@ -199,6 +204,8 @@ def _advance(
     now: float, until: float, watched: Ints, line: _Line, times: BatchTimes, slots: _Slots, pool: int, fill: bool
 ) -> float:
     """An engine sees its own queue before the request server sees that a batch is done."""
+    if not np.isfinite(slots.up_s).any():
+        return until
     tick = int(np.ceil(now / STEP_S - 1e-9))
     last = int(np.floor(until / STEP_S + 1e-9))
     while tick <= last:
