@@ -141,9 +141,12 @@ class StepCosts:
         return [role.copy() for role in _roles(self.model.layers, self.gpus, shape)]
 
     def least_s(self, shape: Shape) -> float:
-        """A request alone on a replica: nothing can be faster on this shape."""
-        times = self.times(shape, 1)
-        return float(times.through_s[1] + OUTPUT_TOKENS * times.decode_s[1])
+        """Nothing can be faster on this shape: the quickest group of prompts, then the quickest steps.
+
+        Some measured times are smaller for larger batches, so a request alone is not the least.
+        """
+        times = self.times(shape)
+        return float(times.through_s[1:].min() + OUTPUT_TOKENS * times.decode_s[1:].min())
 
     def _fullest_bytes(self, shape: Shape) -> float:
         layers = ceil(self.model.layers / shape.stages)

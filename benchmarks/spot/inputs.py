@@ -29,6 +29,7 @@ HOSTS = 10  # of the published runs, what Rerouting is pinned by
 ON_DEMAND_USD_H, SPOT_USD_H = 3.912, 1.9046
 # Which dispatcher the published scripts ran: the new one for GPT-20B on A_S+O alone.
 SCRIPTED_NEW = {("20B", "A_S+O")}
+_OVERLAP_S = 60.0  # for which a stand-in stays beside the spot instance that takes over
 _FULL_START_S = 600.0  # 21 instances are up then; before, there are one or two
 
 
@@ -146,7 +147,7 @@ def _tidy(trace: AvailabilityTrace, most: int, changes: list[Change]) -> Availab
 
 
 def with_fallback(trace: AvailabilityTrace, wanted: int, launch_s: float = 120.0) -> tuple[AvailabilityTrace, float]:
-    """On-demand instances stand in for missing spot ones, `launch_s` after the loss is known, until they return.
+    """On-demand instances stand in for missing spot ones, `launch_s` after the loss is known, until they have returned.
 
     Returns the trace with them and their instance-seconds.
     """
@@ -155,9 +156,10 @@ def with_fallback(trace: AvailabilityTrace, wanted: int, launch_s: float = 120.0
     for time_s, count in trace.counts:
         while len(hired) > max(wanted - count, 0):
             since, name = hired.pop()
-            if since < time_s:
-                changes.append(Change(time_s, "remove", (name,), 30.0))
-                spent += time_s - since
+            end_s = min(time_s + _OVERLAP_S, trace.duration_s)
+            if since < end_s:
+                changes.append(Change(end_s, "remove", (name,), 30.0))
+                spent += end_s - since
             else:
                 changes = [change for change in changes if change.instances != (name,)]
         while len(hired) < wanted - count:

@@ -27,6 +27,7 @@ _SHOWN = (
     "Rerouting best, new",
     "SkyServe-like",
     "ours",
+    "ours, with on-demand",
     "oracle",
 )
 

@@ -27,6 +27,7 @@ from benchmarks.spot.systems import (
     ablations,
     oracle,
     perennial,
+    perennial_mixed,
     reparallelization,
     rerouting,
     rerouting_best,
@@ -43,6 +44,7 @@ Progress = Callable[[str], None]
 
 CVS = (1.0, 6.0)
 ON_DEMAND = 8  # instances of the cost bar
+_PRICED = ("ours", "ours, with on-demand", "SkyServe-like")
 _CAPS = range(3, 11)
 _WORST = Charges(slowdown=1.25)  # of our measurements, not their median
 _LONG_RUNS: Mapping[str, Callable[[Case], Outcome]] = {
@@ -52,6 +54,7 @@ _LONG_RUNS: Mapping[str, Callable[[Case], Outcome]] = {
     "Rerouting pinned, new": partial(rerouting, fill=False),
     "SkyServe-like": skyserve,
     "ours": perennial,
+    "ours, with on-demand": perennial_mixed,
     "oracle": oracle,
 }
 
@@ -117,11 +120,11 @@ def _panels(inputs: Inputs, progress: Progress) -> Iterator[Result]:
                 "Rerouting best, new": rerouting_best(case, fill=False),
                 "SkyServe-like": skyserve(case),
                 "ours": perennial(case),
+                "ours, with on-demand": perennial_mixed(case),
                 "ours, worst slowdown": perennial(case, _WORST),
                 "oracle": oracle(case),
             }
             costs = inputs.models[model].costs
-            hired_s = outcomes["SkyServe-like"].usd
             spot_usd = case.trace.instance_minutes / 60 * SPOT_USD_H
             yield {
                 "model": model,
@@ -129,7 +132,7 @@ def _panels(inputs: Inputs, progress: Progress) -> Iterator[Result]:
                 "scripted": "new" if new else "old",
                 "systems": {name: shown(outcome) for name, outcome in outcomes.items()},
                 "least_request_s": min(costs.least_s(shape) for shape in costs.shapes()),
-                "usd": {"spot": spot_usd, "SkyServe-like": spot_usd + hired_s / 3600 * ON_DEMAND_USD_H},
+                "usd": {name: spot_usd + outcomes[name].usd / 3600 * ON_DEMAND_USD_H for name in _PRICED},
                 "counts": list(case.trace.counts),
                 "over_time": {name: _over_time(outcomes[name]) for name in ("SpotServe, new batching", "ours")},
                 "events": [

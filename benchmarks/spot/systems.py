@@ -89,6 +89,13 @@ def perennial(case: Case, charges: Charges | None = None, policy: Policy | None 
     return simulate_perennial(case.model.costs, case.trace, case.arrival_s, policy or case.book.target, charges)
 
 
+def perennial_mixed(case: Case) -> Outcome:
+    """Ours with on-demand instances for missing spot ones, but none too many."""
+    shape, wanted = SKYSERVE_SHAPES[case.model.name], SKYSERVE_REPLICAS[case.model.name]
+    trace, hired_s = with_fallback(case.trace, wanted * shape.devices // case.model.costs.gpus)
+    return replace(perennial(replace(case, trace=trace)), usd=hired_s)
+
+
 def oracle(case: Case) -> Outcome:
     """Ours with transitions that cost nothing and take no time: what no system of this design can beat."""
     return perennial(case, FREE)

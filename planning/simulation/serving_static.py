@@ -218,8 +218,24 @@ def _advance(
         _dispatch(t, line, len(times.whole_s) - 1, slots, pool, fill)
         for slot in range(len(slots.up_s)):
             _begin(slot, t, line, times, slots)
-        tick += 1
+        tick = max(tick + 1, _next_tick(t, line, slots))
     return until
+
+
+@njit(cache=True)
+def _next_tick(t: float, line: _Line, slots: _Slots) -> int:
+    """The first tick at which anything can happen: while somebody is signalled every tick counts."""
+    arriving = np.searchsorted(line.arrival_s, t, side="right")
+    soonest = line.arrival_s[arriving] if arriving < len(line.arrival_s) else t + 3600.0
+    for slot in range(len(slots.up_s)):
+        if slots.stopped_s[slot] == np.inf:
+            if slots.signal_s[slot] < np.inf:
+                return 0
+            if slots.running[slot] > 0:
+                soonest = min(soonest, slots.end_s[slot])
+            if slots.up_s[slot] > t:
+                soonest = min(soonest, slots.up_s[slot])
+    return int(np.ceil(min(soonest, t + 3600.0) / STEP_S - 1e-9))
 
 
 @njit(cache=True)
