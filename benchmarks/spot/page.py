@@ -172,7 +172,7 @@ def _frontier(result: Result) -> Any:
             [1 - row["saved"] for row in rows], [row["p99_s"] for row in rows], marker="o", label=f"ours, {trace}"
         )
     for name, row in result["on_demand"].items():
-        if isinstance(row, dict):
+        if isinstance(row, dict) and "p99_s" in row:
             axes.scatter([1.0], [row["p99_s"]], marker="x", label=f"8 on demand: {name}")
     axes.axvline(0.4, color="grey", linewidth=0.6)
     axes.set_xlabel("dollars, of 8 on-demand instances")

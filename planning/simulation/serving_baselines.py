@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from data.availability import AvailabilityTrace
 from planning.simulation.serving import GRACE_S, Array, FleetEvent, Outcome, Transition, before, events_of, merged
 from planning.simulation.serving_spotserve import MOST_BATCH, Hosts, StaticFleet, drain
-from planning.simulation.serving_static import BatchTimes, Pipelines, Requests, advance
+from planning.simulation.serving_static import Pipelines, Requests, advance
+from planning.simulation.serving_static_kernel import BatchTimes
 from planning.static_batch import StaticConfig
 from planning.step_costs import Shape
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from data.availability import AvailabilityTrace
 from planning.simulation.serving import DRAIN_S, Array, FleetEvent, Outcome, Transition, before, events_of
+from planning.simulation.serving_residency import Residency
 from planning.simulation.serving_steps import Service
 from planning.step_costs import INPUT_TOKENS, Cells, Shape, StepCosts
 
@@ -81,7 +81,8 @@ def simulate_perennial(
 ) -> Outcome:
     """Our system on `trace`, with what `policy` says to run on so many instances."""
     service = Service(before(arrival_s, trace.duration_s), most=MOST_REPLICAS)
-    run = _Run(costs, charges or Charges(), policy, service)
+    charges = charges or Charges()
+    run = _Run(costs, charges, policy, service, Residency(costs, charges.residency))
     for event in events_of(trace):
         run.handle(event)
     run.finish(trace.duration_s)
@@ -94,10 +95,10 @@ class _Run:
     charges: Charges
     policy: Policy
     service: Service
+    weights: Residency
     instances: list[str] = field(default_factory=list)
+    there_s: dict[str, float] = field(default_factory=dict)  # when the workers of an instance are up
     replicas: list[_Replica] = field(default_factory=list)
-    resident: dict[str, Cells] = field(default_factory=dict)
-    coming: dict[str, tuple[float, Cells]] = field(default_factory=dict)
     transitions: list[Transition] = field(default_factory=list)
     busy: set[str] = field(default_factory=set)
     busy_s: float = 0.0  # until then these instances prepare
@@ -106,7 +107,9 @@ class _Run:
         """Plan at the notice, switch when it is prepared, and enforce the deadline."""
         if event.time_s > 0:
             self._advance(max(event.notice_s, self.service.now_s))
-        self._arrive()
+        self.weights.arrive(self.service.now_s)
+        start_s = event.time_s + self.charges.start_s if event.time_s > 0 else 0.0
+        self.there_s.update(dict.fromkeys(event.added, start_s))
         after = [name for name in [*self.instances, *event.added] if name not in event.removed]
         now = (self.replicas[0].shape, len(self.replicas)) if self.replicas else None
         target = self.policy(len(after), now)
@@ -115,8 +118,7 @@ class _Run:
         self._advance(max(event.time_s, self.service.now_s) if event.removed else self.service.now_s)
         self.instances = after
         for name in event.removed:
-            self.resident.pop(name, None)
-            self.coming.pop(name, None)
+            self.weights.drop(name)
         self._prefetch()
 
     def finish(self, end_s: float) -> None:
@@ -128,12 +130,11 @@ class _Run:
     def _advance(self, until_s: float) -> None:
         """Serve, slower while weights are prepared or fetched."""
         charges, service = self.charges, self.service
-        fetching_s = max((at_s for at_s, _ in self.coming.values()), default=0.0)
         gentle = 1 + (charges.slowdown - 1) * charges.trickle / charges.background
         busy = np.full(service.most, gentle)
         busy[[one.number for one in self.replicas if set(one.instances) & self.busy]] = charges.slowdown
         service.advance(min(until_s, self.busy_s), busy)
-        service.advance(min(until_s, fetching_s), gentle)
+        service.advance(min(until_s, self.weights.fetching_s), gentle)
         service.advance(until_s)
 
     def _plan(self, event: FleetEvent, target: Target | None, after: Sequence[str]) -> _Move:
@@ -159,7 +160,7 @@ class _Run:
             return []
         if self.charges.mapping:
             empty = np.zeros_like(roles[0])
-            held = np.array([self.resident.get(name, empty).ravel() for name in free], dtype=np.float64)
+            held = np.array([self.weights.held.get(name, empty).ravel() for name in free], dtype=np.float64)
             value = np.tile(held @ np.array([role.ravel() for role in roles], dtype=np.float64).T, count)
             rows, columns = linear_sum_assignment(value, maximize=True)
             chosen = {int(column): free[int(row)] for row, column in zip(rows, columns, strict=True)}
@@ -171,23 +172,21 @@ class _Run:
         """When every new role is where it has to be, and what did not fit beside the old one."""
         costs, charges, now_s = self.costs, self.charges, self.service.now_s
         link = costs.link_bytes_per_s * charges.background
-        known = sum((cells.astype(np.int64) for cells in self.resident.values()), np.zeros(1, dtype=np.int64))
         move.prepared_s = now_s + charges.prepare_s if move.new else now_s
         longest_s = 0.0
         for names in move.new:
             for name, role in zip(names, costs.roles(move.shape), strict=True):
-                held = self.resident.get(name)
-                missing = role & ~held if held is not None else role
-                lost = float((missing & (known == 0)).sum()) * costs.cell_bytes
-                size = float(missing.sum()) * costs.cell_bytes + (0.0 if held is not None else costs.embedding_bytes)
-                begin_s = now_s if name not in event.added else max(event.time_s, now_s) + charges.start_s
-                begin_s += charges.prepare_s
+                missing = self.weights.missing(name, role)
+                lost = self.weights.lost(missing) * costs.cell_bytes
+                size = float(missing.sum()) * costs.cell_bytes
+                size += 0.0 if name in self.weights.held else costs.embedding_bytes
+                begin_s = max(now_s, self.there_s[name]) + charges.prepare_s
                 ready_s = begin_s + (size - lost) / link + lost / charges.disk_bytes_per_s
                 move.prepared_s = max(move.prepared_s, ready_s)
                 move.moved_bytes += size
                 longest_s = max(longest_s, size / link)
                 move.excess_s = max(move.excess_s, self._excess(name, role) / costs.link_bytes_per_s)
-        sources = max(len(self.resident), 1)
+        sources = max(len(self.weights.held), 1)
         move.prepared_s = max(move.prepared_s, now_s + move.moved_bytes / (link * sources))
         move.begin_s = max(move.prepared_s - longest_s - charges.prepare_s, now_s)
 
@@ -262,22 +261,7 @@ class _Run:
             self.service.start(number, at_s, times, whole=not self.charges.continuous)
             self.replicas.append(_Replica(number, move.shape, names))
             for name, role in zip(names, roles, strict=True):
-                self._hold(name, role, move.shape)
-
-    def _hold(self, name: str, role: Cells, shape: Shape) -> None:
-        held = self.resident.get(name)
-        if held is None or not self.charges.residency:
-            self.resident[name] = role.copy()
-        else:
-            self.resident[name] = role | _first(held & ~role, self._spare_cells(role, shape))
-
-    def _spare_cells(self, role: Cells | None, shape: Shape) -> int:
-        """Cells that fit on an instance beside its role and the KV of a full batch."""
-        left = self.costs.instance_bytes
-        if role is not None:
-            kv = self.costs.room(shape) * self.costs.kv_bytes * self.costs.gpus / shape.devices
-            left -= float(role.sum()) * self.costs.cell_bytes + kv
-        return max(int(left / self.costs.cell_bytes), 0)
+                self.weights.place(name, role, move.shape)
 
     def _rehome(self, requests: Sequence[int], at_s: float) -> None:
         """Requests with their KV go to the replicas with most room; without room they are computed again."""
@@ -291,34 +275,17 @@ class _Run:
             left = self.service.adopt(least.number, left[:1], at_s) + left[1:]
         self.service.give_back(left)
 
-    def _arrive(self) -> None:
-        """What was fetched in advance by now is there."""
-        for name, (at_s, cells) in list(self.coming.items()):
-            if at_s <= self.service.now_s:
-                self.resident[name] = self.resident.get(name, np.zeros_like(cells)) | cells
-                del self.coming[name]
-
     def _prefetch(self) -> None:
-        """Fetch what the layouts of one or two instances more or less would need, as far as memory goes."""
-        if not self.charges.residency or not self.replicas:
+        """Fetch what the layouts of one or two instances more or less would need."""
+        if not self.replicas:
             return
-        link = self.costs.link_bytes_per_s * self.charges.trickle
         now = self.replicas[0].shape, len(self.replicas)
-        used = {name: (one, slot) for one in self.replicas for slot, name in enumerate(one.instances)}
-        wanted = self._neighbours(now)
-        for name in self.instances:
-            own = None
-            if name in used:
-                one, slot = used[name]
-                own = self.costs.roles(one.shape)[slot]
-            held = self.resident.get(name, np.zeros_like(wanted[0][0]) if wanted else np.zeros((1, 1), dtype=np.bool_))
-            room = self._spare_cells(own, now[0]) - int((held & ~own if own is not None else held).sum())
-            extra = np.zeros_like(held)
-            for cells in sorted((roles[self._pick(name, held, roles)] for roles in wanted), key=lambda c: c.sum()):
-                extra |= _first(cells & ~held & ~extra, room - int(extra.sum()))
-            if extra.any():
-                size = float(extra.sum()) * self.costs.cell_bytes
-                self.coming[name] = (self.service.now_s + size / link, extra)
+        roles: dict[str, Cells | None] = dict.fromkeys(self.instances)
+        for one in self.replicas:
+            roles.update(zip(one.instances, self.costs.roles(one.shape), strict=True))
+        link = self.costs.link_bytes_per_s * self.charges.trickle
+        from_s = {name: max(self.service.now_s, self.there_s[name]) for name in self.instances}
+        self.weights.prefetch(from_s, roles, now[0], self._neighbours(now), link)
 
     def _neighbours(self, now: Target) -> list[list[Cells]]:
         targets = [now]
@@ -327,19 +294,6 @@ class _Run:
             if target is not None and target[0] not in [shape for shape, _ in targets]:
                 targets.append(target)
         return [self.costs.roles(shape) for shape, _ in targets]
-
-    def _pick(self, name: str, held: Cells, roles: Sequence[Cells]) -> int:
-        """The role an instance is closest to; among equals they take turns."""
-        turn = self.instances.index(name) % len(roles)
-        return max(range(len(roles)), key=lambda i: (int((held & roles[i]).sum()), (i - turn) % len(roles) == 0))
-
-
-def _first(cells: Cells, count: int) -> Cells:
-    """The first `count` cells that are set."""
-    kept = np.zeros_like(cells)
-    index = np.flatnonzero(cells)[: max(count, 0)]
-    kept.flat[index] = True
-    return kept
 
 
 def fixed(table: Mapping[int, Target]) -> Policy:
@@ -350,8 +304,3 @@ def fixed(table: Mapping[int, Target]) -> Policy:
         return table[max(known)] if known else None
 
     return choose
-
-
-def idle_s(outcome: Outcome) -> float:
-    """Longest pause of any transition."""
-    return max((one.ready_s - one.stop_s for one in outcome.transitions), default=-inf)

@@ -24,7 +24,8 @@ from planning.simulation.serving import (
     events_of,
     merged,
 )
-from planning.simulation.serving_static import BatchTimes, Pipelines, Requests, advance
+from planning.simulation.serving_static import Pipelines, Requests, advance
+from planning.simulation.serving_static_kernel import BatchTimes
 from planning.spotserve_switch import RESTART_S, Placement, Switch, first_placement, place, transfer_s
 from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile, StaticConfig
 
