@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import expon, kstest
 
 from data.availability import AvailabilityTrace, Change
 from data.errors import InvalidInput
@@ -77,6 +76,8 @@ def fit_p_value(process: Process, traces: Sequence[AvailabilityTrace]) -> float:
     By time rescaling the hazard summed up between two changes is exponential with mean 1
     (E. N. Brown et al., Neural Computation 14(2), 2002).
     """
+    from scipy.stats import expon, kstest  # slow to import, and for this test alone
+
     sums = []
     for trace in traces:
         for (start, count), (end, _) in pairwise(trace.counts):
