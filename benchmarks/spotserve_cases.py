@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.checks import Checker, Document, Folder, Verdict, at_least, close, exact, together
 from benchmarks.spotserve_mapping import MappingCase, read_config
+from benchmarks.spotserve_simulation import check_simulation
 from data.availability import read_spotserve_cases
 from planning.arrangement import steps_that_fit, stop_threshold_s
 from planning.ordering import layer_order, natural_peak
@@ -280,6 +281,7 @@ CHECKERS: dict[str, tuple[str, Checker]] = {
     "arranger.json": ("cases", check_arranger),
     "replay.json": ("records", check_replay),
     "rerouting.json": ("cases", check_rerouting),
+    "simulation.json": ("spotserve", check_simulation),
     "traces.json": ("traces", check_traces),
     "traces_extra.json": ("traces", check_traces),
     "trace_g4dn_full.json": ("events", check_traces),

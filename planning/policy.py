@@ -1,0 +1,155 @@
+"""Which option to run in every state of a fleet that changes, so that the long-run cost is least.
+
+States are (instances, option in force); at a change of the fleet an option that fits is chosen. An
+option costs something per second while it runs, and going from one to another costs something once. The
+average cost is minimised exactly, by the linear program of the stationary distribution (M. L. Puterman,
+Markov Decision Processes, 1994, §8.8 and §11.4), or by Howard's policy iteration where that is too large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_matrix, lil_matrix
+from scipy.sparse.linalg import splu
+
+from data.errors import Infeasible
+
+Matrix = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+MOST_EXACT = 48  # instances up to which the linear program is solved
+_ROUNDS = 100
+_PENALTY = 1e3  # times the dearest option: running nothing where something fits is never worth it
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`rates` [n, m] of the fleet in events per second; `fits` [n, option]; `serving` cost per second of an
+    option; `moving` [option, option] once. Option 0 must fit everywhere: to run nothing.
+    """
+
+    rates: Matrix
+    fits: Flags
+    serving: Matrix
+    moving: Matrix
+
+    def __post_init__(self) -> None:
+        if not self.fits[:, 0].all():
+            raise Infeasible("option 0 must fit every number of instances: it stands for running nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """`choice` [n, option in force] is the option to run from then on; `average` the cost per second."""
+
+    choice: Ints
+    average: float
+
+
+def solve(problem: Problem) -> Solution:
+    """The policy of least average cost: exactly up to `MOST_EXACT` instances, else by policy iteration."""
+    exact = len(problem.rates) - 1 <= MOST_EXACT
+    return solve_exactly(problem) if exact else iterate(problem)
+
+
+def myopic(problem: Problem) -> Solution:
+    """The option that is cheapest while it runs, whatever it costs to get there."""
+    best = np.where(problem.fits, problem.serving, np.inf).argmin(axis=1)
+    choice = np.repeat(best[:, None], len(problem.serving), axis=1)
+    return Solution(choice, evaluate(problem, choice)[0])
+
+
+def hysteretic(problem: Problem, gain: float) -> Solution:
+    """As `myopic`, but what runs is kept where it fits unless the best is cheaper by the share `gain`."""
+    best = myopic(problem).choice
+    now = np.arange(len(problem.serving))[None, :]
+    stays = problem.fits & (problem.serving[None, :] * (1 - gain) <= problem.serving[best]) & (now > 0)
+    choice = np.where(stays, now, best)
+    return Solution(choice, evaluate(problem, choice)[0])
+
+
+def solve_exactly(problem: Problem) -> Solution:
+    """The linear program over how often each decision is taken, solved by HiGHS.
+
+    `share[n, i]` is the part of time in a state, `pace[n, i, j]` how often per second a fleet that comes
+    to n with i in force goes on with j.
+    """
+    cp: Any = import_module("cvxpy")  # for making plans only, and without types
+
+    counts, options = problem.fits.shape
+    leaving = problem.rates.sum(axis=1)
+    share = cp.Variable((counts, options), nonneg=True)
+    pace = [cp.Variable((options, options), nonneg=True) for _ in range(counts)]
+    rules = [cp.sum(share) == 1]
+    cost = cp.sum(cp.multiply(share, np.tile(problem.serving, (counts, 1))))
+    for count in range(counts):
+        fits = problem.fits[count].astype(float)
+        rules.append(share[count] <= fits)
+        rules.append(cp.sum(pace[count], axis=0) == share[count] * leaving[count])
+        rules.append(cp.sum(pace[count], axis=1) == problem.rates[:, count] @ share)
+        cost += cp.sum(cp.multiply(pace[count], problem.moving))
+    program = cp.Problem(cp.Minimize(cost), rules)
+    program.solve(solver=cp.HIGHS)
+    if program.status not in ("optimal", "optimal_inaccurate"):
+        raise Infeasible(f"no policy can be found: the program is {program.status}")
+    often = np.stack([np.asarray(table.value) for table in pace])
+    return improve(problem, _most_often(problem, often))
+
+
+def _most_often(problem: Problem, often: Matrix) -> Ints:
+    """The decision taken in every state that occurs; elsewhere the cheapest one to go to."""
+    counts, options = problem.fits.shape
+    fallback = myopic(problem).choice
+    now = np.arange(options)[None, :]
+    fallback = np.where(problem.fits & (now > 0), np.minimum(now, options - 1), fallback)
+    seen = often.sum(axis=2) > 1e-12
+    return np.where(seen, often.argmax(axis=2), fallback).astype(np.int64).reshape(counts, options)
+
+
+def improve(problem: Problem, choice: Ints) -> Solution:
+    """Howard's policy iteration from a given policy, until nothing gets better."""
+    average, bias = evaluate(problem, choice)
+    for _ in range(_ROUNDS):
+        value = problem.moving[None, :, :] + bias[:, None, :]
+        value = np.where(problem.fits[:, None, :], value, np.inf)
+        now = np.take_along_axis(value, choice[:, :, None], axis=2)[:, :, 0]
+        better = value.min(axis=2) < now - 1e-9 * (1 + np.abs(now))
+        if not better.any():
+            break
+        choice = np.where(better, value.argmin(axis=2), choice)
+        average, bias = evaluate(problem, choice)
+    return Solution(choice, average)
+
+
+def iterate(problem: Problem) -> Solution:
+    """Policy iteration from the myopic policy."""
+    return improve(problem, myopic(problem).choice)
+
+
+def evaluate(problem: Problem, choice: Ints) -> tuple[float, Matrix]:
+    """Average cost per second of a policy, and the bias of every state (n, option in force)."""
+    counts, options = problem.fits.shape
+    size = counts * options
+    system, constant = lil_matrix((size + 1, size + 1)), np.zeros(size + 1)
+    leaving = problem.rates.sum(axis=1)
+    now = np.arange(options)
+    for count in range(counts):
+        rows = count * options + now
+        system[rows, rows] = leaving[count]
+        system[rows, size] = 1.0
+        constant[rows] = problem.serving
+        for after in np.flatnonzero(problem.rates[count]):
+            chosen = choice[after]
+            rate = problem.rates[count, after]
+            for option in now:
+                system[rows[option], after * options + chosen[option]] -= rate
+            constant[rows] += rate * problem.moving[now, chosen]
+    system[size, (counts - 1) * options] = 1.0
+    solution = splu(csr_matrix(system).tocsc()).solve(constant)
+    return float(solution[size]), solution[:size].reshape(counts, options)

@@ -1,0 +1,1 @@
+"""Simulations: whole requests for placement, decode steps for plans."""

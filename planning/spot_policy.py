@@ -1,0 +1,204 @@
+"""The decision problem of a serving fleet: layouts as options, latency as their cost, transitions as charged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from planning.availability import Process
+from planning.policy import Problem, Solution, hysteretic, myopic, solve
+from planning.simulation.serving_perennial import MOST_REPLICAS, Charges, Policy, Target
+from planning.simulation.serving_steps import Service
+from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile
+from planning.step_costs import Shape, StepCosts
+
+Rule = Literal["optimal", "myopic", "hysteresis"]
+
+HYSTERESIS = 0.05
+_NOTHING_S = 3600.0  # what a request that nobody serves is held to wait
+_REQUESTS = 300
+_SEEDS = 3
+_WORTH = 0.002  # of its P99 that another replica of a shape has to save to be an option
+_PER_COUNT = 3  # layouts kept for each number of instances
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests per second and the coefficient of variation of the gaps between them."""
+
+    rate_rps: float
+    cv: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """The options: `targets` without the first, which is to run nothing, and seconds of each (mean, P99)."""
+
+    targets: tuple[Target, ...]
+    mean_s: tuple[float, ...]
+    p99_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """A solved policy over layouts: `target` is its lookup, `explain` what it was chosen from."""
+
+    layouts: Layouts
+    problem: Problem
+    solution: Solution
+
+    def target(self, instances: int, now: Target | None) -> Target | None:
+        """What to run on so many instances if `now` runs."""
+        count = min(max(instances, 0), len(self.solution.choice) - 1)
+        known = now in self.layouts.targets
+        option = self.solution.choice[count, self.layouts.targets.index(now) + 1 if known and now is not None else 0]
+        return self.layouts.targets[option - 1] if option else None
+
+    def explain(self, instances: int, now: Target | None = None) -> str:
+        """One sentence: the choice, its alternatives, and what one instance less means."""
+        chosen = self.target(instances, now)
+        if chosen is None:
+            return f"nothing fits on {instances} instances"
+        able = self.problem.fits[instances, 1:]
+        others = [one for one, fits in zip(self.layouts.targets, able, strict=True) if fits and one != chosen]
+        others.sort(key=lambda one: self.layouts.p99_s[self.layouts.targets.index(one)])
+        options = [self._words(one) for one in others]
+        fewer = self.target(instances - 1, chosen) if instances else None
+        after = "the model no longer fits" if fewer is None else self._words(fewer)
+        return f"{self._words(chosen)}; instead of {', '.join(options[:4]) or 'nothing else'}; one less: {after}"
+
+    def _words(self, target: Target) -> str:
+        shape, replicas = target
+        at = self.layouts.targets.index(target)
+        return (
+            f"{replicas}×(P{shape.stages}·T{shape.shards}) with a mean of {self.layouts.mean_s[at]:.3g} s "
+            f"and a P99 of {self.layouts.p99_s[at]:.3g} s"
+        )
+
+
+def build(
+    costs: StepCosts, process: Process, load: Load, rule: Rule = "optimal", charges: Charges | None = None
+) -> Book:
+    """The policy for one model on a fleet of one instance type."""
+    layouts = find_layouts(costs, process.most, load)
+    problem = as_problem(costs, process, load, layouts, charges or Charges())
+    if rule == "optimal":
+        solution = solve(problem)
+    else:
+        solution = myopic(problem) if rule == "myopic" else hysteretic(problem, HYSTERESIS)
+    return Book(layouts, problem, solution)
+
+
+def find_layouts(costs: StepCosts, most: int, load: Load) -> Layouts:
+    """The layouts with the smallest P99 for every number of instances, up to `most`."""
+    rated: dict[Target, tuple[float, float]] = {}
+    by_count: dict[int, list[Target]] = {}
+    for shape in costs.shapes():
+        best_s = np.inf
+        for replicas in range(1, min(most * costs.gpus // shape.devices, MOST_REPLICAS) + 1):
+            if _stable(costs, shape, replicas, load):
+                found = _rated(costs, shape, replicas, load)
+                if found[1] < best_s * (1 - _WORTH):
+                    best_s, rated[shape, replicas] = found[1], found
+                    by_count.setdefault(replicas * shape.devices // costs.gpus, []).append((shape, replicas))
+    kept = [
+        target
+        for count in sorted(by_count)
+        for target in sorted(by_count[count], key=lambda one: rated[one][1])[:_PER_COUNT]
+    ]
+    kept += [target for target in _weakest(costs, most) if target not in kept]
+    for target in kept:
+        rated.setdefault(target, _rated(costs, *target, load))
+    return Layouts(tuple(kept), tuple(rated[one][0] for one in kept), tuple(rated[one][1] for one in kept))
+
+
+def _weakest(costs: StepCosts, most: int) -> list[Target]:
+    """One replica of every smallest shape: better than nothing where no layout keeps up."""
+    shapes = [shape for shape in costs.shapes() if shape.devices <= most * costs.gpus]
+    fastest: dict[int, Shape] = {}
+    for shape in sorted(shapes, key=lambda one: -_capacity(costs, one)):
+        fastest.setdefault(shape.devices, shape)
+    return [(fastest[size], 1) for size in sorted(fastest)[:2]]
+
+
+def _capacity(costs: StepCosts, shape: Shape) -> float:
+    """Requests per second of a full replica."""
+    times = costs.times(shape)
+    return times.room / float(OUTPUT_TOKENS * times.decode_s[-1] + times.room * times.slowest_s[1])
+
+
+def _stable(costs: StepCosts, shape: Shape, replicas: int, load: Load) -> bool:
+    return replicas * _capacity(costs, shape) > load.rate_rps
+
+
+def _rated(costs: StepCosts, shape: Shape, replicas: int, load: Load) -> tuple[float, float]:
+    """Mean and P99 of simulated requests with gamma gaps on a fleet that does not change."""
+    found = []
+    for seed in range(_SEEDS if load.cv > 0.2 else 1):
+        arrival_s = gamma_arrivals(seed, load, _REQUESTS)
+        service = Service(arrival_s, replicas)
+        times = costs.times(shape)
+        for replica in range(replicas):
+            service.start(replica, 0.0, times)
+        service.advance(float(arrival_s[-1]) + _NOTHING_S)
+        latency = np.minimum(service.line.done_s - arrival_s, _NOTHING_S)
+        found.append((float(latency.mean()), float(np.quantile(latency, 0.99))))
+    mean, p99 = np.mean(found, axis=0)
+    return float(mean), float(p99)
+
+
+def gamma_arrivals(seed: int, load: Load, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Arrival times with independent gamma gaps of the given rate and true coefficient of variation."""
+    shape = 1 / max(load.cv, 1e-3) ** 2
+    gaps = np.random.default_rng(seed).gamma(shape, 1 / (shape * load.rate_rps), size=count)
+    return np.cumsum(gaps)
+
+
+def as_problem(costs: StepCosts, process: Process, load: Load, layouts: Layouts, charges: Charges) -> Problem:
+    """Costs in seconds of latency (P99) per second of operation, as many as requests arrive."""
+    options = len(layouts.targets) + 1
+    needed = np.array([0, *(shape.devices * count // costs.gpus for shape, count in layouts.targets)])
+    fits = np.arange(process.most + 1)[:, None] >= needed[None, :]
+    serving = load.rate_rps * np.array([_NOTHING_S, *layouts.p99_s])
+    moving = np.zeros((options, options))
+    for here, (old, old_count) in enumerate(layouts.targets, 1):
+        running = load.rate_rps * layouts.mean_s[here - 1]
+        for there, (new, new_count) in enumerate(layouts.targets, 1):
+            if here != there:
+                moving[here, there] = _moving(costs, charges, running, (old, old_count), (new, new_count))
+    moving[0, 1:] = load.rate_rps * charges.start_s**2
+    return Problem(process.rates(), fits, serving, moving)
+
+
+def _moving(costs: StepCosts, charges: Charges, running: float, old: Target, new: Target) -> float:
+    """Seconds that running requests lose: the pause with their KV, and slower steps while weights come."""
+    if old[0] == new[0]:
+        share = max(old[1] - new[1], 0) / old[1]
+        return running * share * charges.cut_s
+    role = float(costs.roles(new[0])[0].sum()) * costs.cell_bytes
+    window_s = charges.prepare_s + role / (costs.link_bytes_per_s * charges.background)
+    instances = new[0].devices * new[1] / costs.gpus
+    kv_s = running * costs.kv_bytes / (costs.link_bytes_per_s * instances)
+    return running * (charges.cut_s + kv_s + (charges.slowdown - 1) * window_s)
+
+
+def published_policy(profile: StaticBatchProfile, rate_rps: float, gpus: int = 4, most_batch: int = 4) -> Policy:
+    """SpotServe's own choice at every event: what `perennial` runs when its policy is taken away."""
+
+    def choose(instances: int, _now: Target | None) -> Target | None:
+        chosen = profile.choose(max(instances, 0) * gpus, most_batch, rate_rps)
+        return (Shape(chosen.config.stages, chosen.config.shards), chosen.config.replicas) if chosen else None
+
+    return choose
+
+
+def pinned_policy(shape: Shape, gpus: int, most: int) -> Policy:
+    """As many replicas of one shape as fit, at most `most`."""
+
+    def choose(instances: int, _now: Target | None) -> Target | None:
+        count = min(instances * gpus // shape.devices, most)
+        return (shape, count) if count > 0 else None
+
+    return choose
