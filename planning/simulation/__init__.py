@@ -1,0 +1,1 @@
+"""What would happen to every request of a trace, without serving it."""
