@@ -16,3 +16,8 @@ def compiled(function: Function) -> Function:
     Arithmetic stays IEEE: nothing is reassociated, so results equal those of the interpreted function.
     """
     return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
+
+
+def inlined(function: Function) -> Function:
+    """`compiled`, copied into every caller: for what is called per request and takes many arrays."""
+    return cast(Function, numba.njit(inline="always", error_model="numpy")(function))

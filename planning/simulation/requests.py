@@ -9,21 +9,24 @@ A request of a model that no group holds is rejected. All arithmetic on times is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from data.placement import Arrivals, Placement, Schedule
-from planning.simulation.compiled import compiled
-from planning.simulation.tables import Floats, Ints, Tables
+from planning.simulation.compiled import compiled, inlined
+from planning.simulation.tables import SHORT_STAGES, Floats, Ints, Tables
 
 OVERHEAD_S = 0.011
 """What every request takes besides its stages."""
 TRIM_S = 10.0
 """Seconds at both ends of a trace that a reported attainment leaves out."""
 
+Serve = Callable[[float, float, Floats, int, Floats, int], float]
 Bytes = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.uint32]  # unsigned: the compiler need not look for negative indices
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Outcome:
         return float(np.where(self.good, self.response_s, 0.0).mean())
 
 
-@compiled
-def earliest(busy: Ints, holders: Ints, begin: int, end: int) -> int:
+@inlined
+def earliest(busy: Ints, holders: Indices, begin: int, end: int) -> int:
     """Position in `holders[begin:end]` of the group that is free first; the lowest on ties.
 
     `busy` are the bits of the last stage's clocks: for numbers >= 0 they order as the numbers do, and comparing
@@ -66,41 +69,19 @@ def earliest(busy: Ints, holders: Ints, begin: int, end: int) -> int:
 
 
 @compiled
-def _one_stage(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int) -> float:
+def serve_single(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int) -> float:
+    """`serve_deep` for groups of one stage."""
     end = max(now, clock[group, 0]) + stage_s[row, 0]
     took_s: float = end + OVERHEAD_S - now
-    if took_s <= limit_s:
-        clock[group, 0] = end
-        return took_s
-    return -1.0
+    if took_s > limit_s:
+        return -1.0
+    clock[group, 0] = end
+    return took_s
 
 
 @compiled
-def _two_stages(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int) -> float:
-    first = max(now, clock[group, 0]) + stage_s[row, 0]
-    end = max(first, clock[group, 1]) + stage_s[row, 1]
-    took_s: float = end + OVERHEAD_S - now
-    if took_s <= limit_s:
-        clock[group, 0], clock[group, 1] = first, end
-        return took_s
-    return -1.0
-
-
-@compiled
-def _four_stages(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int) -> float:
-    a = max(now, clock[group, 0]) + stage_s[row, 0]
-    b = max(a, clock[group, 1]) + stage_s[row, 1]
-    c = max(b, clock[group, 2]) + stage_s[row, 2]
-    end = max(c, clock[group, 3]) + stage_s[row, 3]
-    took_s: float = end + OVERHEAD_S - now
-    if took_s <= limit_s:
-        clock[group, 0], clock[group, 1], clock[group, 2], clock[group, 3] = a, b, c, end
-        return took_s
-    return -1.0
-
-
-@compiled
-def _eight_stages(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int) -> float:
+def serve_short(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int) -> float:
+    """`serve_deep` for up to eight stages: those that a group lacks take no time, and so leave the finish as it is."""
     a = max(now, clock[group, 0]) + stage_s[row, 0]
     b = max(a, clock[group, 1]) + stage_s[row, 1]
     c = max(b, clock[group, 2]) + stage_s[row, 2]
@@ -110,55 +91,31 @@ def _eight_stages(now: float, limit_s: float, clock: Floats, group: int, stage_s
     g = max(f, clock[group, 6]) + stage_s[row, 6]
     end = max(g, clock[group, 7]) + stage_s[row, 7]
     took_s: float = end + OVERHEAD_S - now
-    if took_s <= limit_s:
-        clock[group, 0], clock[group, 1], clock[group, 2], clock[group, 3] = a, b, c, d
-        clock[group, 4], clock[group, 5], clock[group, 6], clock[group, 7] = e, f, g, end
-        return took_s
-    return -1.0
+    if took_s > limit_s:
+        return -1.0
+    clock[group, 0], clock[group, 1], clock[group, 2], clock[group, 3] = a, b, c, d
+    clock[group, 4], clock[group, 5], clock[group, 6], clock[group, 7] = e, f, g, end
+    return took_s
 
 
 @compiled
-def _any_stages(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int, depth: int) -> float:
+def serve_deep(now: float, limit_s: float, clock: Floats, group: int, stage_s: Floats, row: int) -> float:
+    """Seconds to the response, with the group's clocks moved on; -1, and no change, if that is more than `limit_s`."""
     end = now
-    for stage in range(depth):
+    for stage in range(stage_s.shape[1]):
         end = max(end, clock[group, stage]) + stage_s[row, stage]
     took_s: float = end + OVERHEAD_S - now
     if took_s > limit_s:
         return -1.0
     end = now
-    for stage in range(depth):
+    for stage in range(stage_s.shape[1]):
         end = max(end, clock[group, stage]) + stage_s[row, stage]
         clock[group, stage] = end
     return took_s
 
 
 @compiled
-def serve(
-    now: float, limit_s: float, clock: Floats, last: Floats, group: int, stage_s: Floats, row: int, depth: int
-) -> float:
-    """Seconds to the response, with the group's clocks moved on; -1 if that is later than `limit_s` allows.
-
-    The test up front is exact: a finish is never before the last stage's clock plus its time, and rounding keeps order.
-    """
-    if last[group] + stage_s[row, depth - 1] + OVERHEAD_S - now > limit_s:
-        return -1.0
-    if depth == 1:
-        took_s = _one_stage(now, limit_s, clock, group, stage_s, row)
-    elif depth == 4:
-        took_s = _four_stages(now, limit_s, clock, group, stage_s, row)
-    elif depth == 8:
-        took_s = _eight_stages(now, limit_s, clock, group, stage_s, row)
-    elif depth == 2:
-        took_s = _two_stages(now, limit_s, clock, group, stage_s, row)
-    else:
-        took_s = _any_stages(now, limit_s, clock, group, stage_s, row, depth)
-    if took_s >= 0.0:
-        last[group] = clock[group, depth - 1]
-    return took_s
-
-
-@compiled
-def holders_of(shape: Ints, members: Bytes, rows: Ints, begin: Ints, holders: Ints, holder_rows: Ints) -> None:
+def holders_of(shape: Ints, members: Bytes, rows: Ints, begin: Indices, holders: Indices, holder_rows: Indices) -> None:
     """Who holds what, model by model: `holders[begin[m]:begin[m + 1]]` ascending, and their rows of stage times."""
     count = 0
     for model in range(members.shape[1]):
@@ -171,23 +128,45 @@ def holders_of(shape: Ints, members: Bytes, rows: Ints, begin: Ints, holders: In
     begin[members.shape[1]] = count
 
 
-@compiled
+@inlined
 def _replay(
-    times_s: Floats, models: npt.NDArray[np.int32], slo_s: Floats, depth: Ints, begin: Ints, holders: Ints,
-    holder_rows: Ints, stage_s: Floats, clock: Floats, last: Floats, busy: Ints, response_s: Floats, sent: Ints
+    serve: Serve, times_s: Floats, models: Indices, slo_s: Floats, begin: Indices, holders: Indices,
+    holder_rows: Indices, stage_s: Floats, clock: Floats, last: Floats, busy: Ints, response_s: Floats, sent: Ints
 ) -> None:  # fmt: skip
+    final = clock.shape[1] - 1
     for request in range(times_s.shape[0]):
         model = models[request]
         first, end = begin[model], begin[model + 1]
-        response_s[request] = -1.0
-        sent[request] = -1
+        took_s, target = -1.0, -1
         if first < end:
             pick = earliest(busy, holders, first, end)
             group = holders[pick]
-            sent[request] = group
-            response_s[request] = serve(
-                times_s[request], slo_s[model], clock, last, group, stage_s, holder_rows[pick], depth[group]
-            )
+            target = group
+            took_s = serve(times_s[request], slo_s[model], clock, group, stage_s, holder_rows[pick])
+            if took_s >= 0.0:
+                last[group] = clock[group, final]
+        response_s[request] = took_s
+        sent[request] = target
+
+
+@compiled
+def _replay_short(
+    times_s: Floats, models: Indices, slo_s: Floats, begin: Indices, holders: Indices, holder_rows: Indices,
+    stage_s: Floats, clock: Floats, last: Floats, busy: Ints, response_s: Floats, sent: Ints
+) -> None:  # fmt: skip
+    _replay(
+        serve_short, times_s, models, slo_s, begin, holders, holder_rows, stage_s, clock, last, busy, response_s, sent
+    )  # fmt: skip
+
+
+@compiled
+def _replay_deep(
+    times_s: Floats, models: Indices, slo_s: Floats, begin: Indices, holders: Indices, holder_rows: Indices,
+    stage_s: Floats, clock: Floats, last: Floats, busy: Ints, response_s: Floats, sent: Ints
+) -> None:  # fmt: skip
+    _replay(
+        serve_deep, times_s, models, slo_s, begin, holders, holder_rows, stage_s, clock, last, busy, response_s, sent
+    )  # fmt: skip
 
 
 class Replay:
@@ -195,20 +174,21 @@ class Replay:
 
     def __init__(self, tables: Tables, placement: Placement) -> None:
         shape, members = tables.membership(placement.groups)
-        self._begin = np.zeros(members.shape[1] + 1, dtype=np.int64)
-        self._holders = np.zeros(int(members.sum()), dtype=np.int64)
+        self._groups = len(shape)
+        self._begin = np.zeros(members.shape[1] + 1, dtype=np.uint32)
+        self._holders = np.zeros(int(members.sum()), dtype=np.uint32)
         self._holder_rows = np.zeros_like(self._holders)
         holders_of(shape, members, tables.rows(), self._begin, self._holders, self._holder_rows)
-        self._depth, self._stage_s, self._slo_s = tables.depth[shape], tables.stage_s, tables.slo_s
+        self._stage_s, self._slo_s = tables.stage_s, tables.slo_s
 
     def run(self, arrivals: Arrivals) -> Outcome:
         """What becomes of every request, from idle groups on."""
-        clock = np.zeros((len(self._depth), self._stage_s.shape[1]))
-        last = np.zeros(len(self._depth))
+        clock, last = np.zeros((self._groups, self._stage_s.shape[1])), np.zeros(self._groups)
         outcome = Outcome(np.empty(len(arrivals)), np.empty(len(arrivals), dtype=np.int64))
-        _replay(
-            arrivals.times_s, arrivals.models, self._slo_s, self._depth, self._begin, self._holders, self._holder_rows,
-            self._stage_s, clock, last, last.view(np.int64), outcome.response_s, outcome.group,
+        kernel = _replay_short if clock.shape[1] == SHORT_STAGES else _replay_deep
+        kernel(
+            arrivals.times_s, arrivals.models.view(np.uint32), self._slo_s, self._begin, self._holders,
+            self._holder_rows, self._stage_s, clock, last, last.view(np.int64), outcome.response_s, outcome.group,
         )  # fmt: skip
         return outcome
 

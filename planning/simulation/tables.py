@@ -16,21 +16,22 @@ Ints = npt.NDArray[np.int64]
 
 STAGE_PENALTY = 0.009
 """AlpaServe's charge for every stage of a pipeline, as a share of each stage's time."""
+SHORT_STAGES = 8
+"""Pipelines up to this long are simulated without a loop over their stages."""
 
 
 @dataclass(frozen=True)
 class Tables:
     """Row `kinds[m] * len(shapes) + c` of `stage_s` and `weight_bytes` is model m in shape c.
 
-    `stage_s` are the simulated stage times: profile × (1 + 0.009 × stages), rounded to float32, kept as float64;
-    infinite where there is no profile. `weight_bytes` is the largest stage's (memory rule A), infinite likewise.
-    `slo_s` is rounded to float32 too.
+    `stage_s` are the simulated stage times: profile × (1 + 0.009 × stages), rounded to float32, kept as float64; 0
+    beyond the last stage, infinite where there is no profile. There are `SHORT_STAGES` columns or more.
+    `weight_bytes` is the largest stage's (memory rule A), infinite likewise. `slo_s` is rounded to float32 too.
     """
 
     fleet: SharedFleet
     shapes: tuple[Shape, ...]
     kinds: Ints
-    depth: Ints
     devices: Ints
     stage_s: Floats
     weight_bytes: Floats
@@ -42,12 +43,11 @@ class Tables:
         every = tuple(sorted({*fleet.shapes, *(shapes or ())}))
         names = sorted(fleet.profiles)
         profiles = [fleet.profiles[name].get(shape) for name in names for shape in every]
-        width = max(shape.stages for shape in every)
+        width = max(SHORT_STAGES, *(shape.stages for shape in every))
         return cls(
             fleet=fleet,
             shapes=every,
             kinds=np.array([names.index(model.kind) for model in fleet.models], dtype=np.int64),
-            depth=np.array([shape.stages for shape in every], dtype=np.int64),
             devices=np.array([shape.devices for shape in every], dtype=np.int64),
             stage_s=np.array([_stage_row(profile, width) for profile in profiles]),
             weight_bytes=np.array([profile.widest_bytes if profile else np.inf for profile in profiles]),
@@ -78,7 +78,8 @@ class Tables:
 
 
 def _stage_row(profile: StageProfile | None, width: int) -> Floats:
-    row = np.full(width, np.inf, dtype=np.float32)
+    row = np.zeros(width, dtype=np.float32)
+    row[0] = np.inf
     if profile is not None:
         stages = len(profile.latency_s)
         row[:stages] = [latency_s * (1 + STAGE_PENALTY * stages) for latency_s in profile.latency_s]
