@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -58,19 +57,25 @@ def load_cases(folder: Path) -> Iterator[PlanningCase]:
 def machine_scale(folder: Path) -> float | None:
     """How much slower this machine interprets than the one of the recorded seconds; None without `score.py`.
 
-    The least of a few measurements: other work on the machine must not make the recorded seconds look longer.
+    What `score.py --calibrate` measures, in seconds of the processor, and the least of a few measurements: other work
+    on the machine must not make the recorded seconds look longer.
     """
     files = [next(iter(sorted(folder.glob(f"{name}_*.json"))), None) for name in _REFERENCE_RPS]
-    script = folder / "score.py"
-    if not script.exists() or not all(files):
+    specification = spec_from_file_location("score", folder / "score.py")
+    if not (folder / "score.py").exists() or not all(files) or specification is None or specification.loader is None:
         return None
-    command = [sys.executable, "-W", "ignore", str(script), "--calibrate", *map(str, files)]
-    scales = []
-    for _ in range(_REPEATS):
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        speeds = [float(found) for found in re.findall(r"interpreter (\d+)", lines)]
-        scales.append(median(wanted / found for wanted, found in zip(_REFERENCE_RPS.values(), speeds, strict=True)))
-    return min(scales)
+    scorer = module_from_spec(specification)
+    specification.loader.exec_module(scorer)
+    cases = [scorer.Case(str(file)) for file in files]
+    wanted = list(zip(_REFERENCE_RPS.values(), cases, strict=True))
+    return min(median(rps / _interpreted_rps(scorer, case) for rps, case in wanted) for _ in range(_REPEATS))
+
+
+def _interpreted_rps(scorer: Any, case: Any) -> float:
+    """Requests per second of the interpreted discrete-event simulator on the first 6000 requests."""
+    arrival, model = case.traces["train"]
+    count, groups = min(6000, len(arrival)), case.doc["results"]["mp-search"]["placement"]["groups"]
+    return count / _seconds(lambda: scorer.des_replay(case, groups, arrival[:count], model[:count]))
 
 
 def place(case: PlanningCase, budget_s: float, seeds: int, scale: float | None) -> dict[str, Any]:
@@ -101,21 +106,23 @@ def place(case: PlanningCase, budget_s: float, seeds: int, scale: float | None) 
 
 def _search(case: PlanningCase, budget_s: float, seed: int) -> dict[str, Any]:
     problem = Problem(case.fleet, case.train)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.thread_time()
     found = search(problem, time.perf_counter, budget_s, seed)
     search_s = time.perf_counter() - started
+    share = (time.thread_time() - worked) / search_s  # of a processor, beside other work on the machine
     heldout = [replay(problem.tables, found.placement, trace).attainment(trace) for trace in case.heldout]
     return {
         "placement": found.placement.to_json(),
         "seed": seed,
         "budget_s": budget_s,
         "search_s": search_s,
+        "processor_share": share,
         "start": found.start,
         "proposals": found.proposals,
         "kept": found.accepted,
         "climbs": found.climbs,
-        "simulated_rps_in_climb": found.simulated / max(found.climbing_s, 1e-9),
-        "replayed_rps_in_climb": found.proposals * found.trace_requests / max(found.climbing_s, 1e-9),
+        "simulated_rps_in_climb": found.simulated / max(found.climbing_s * share, 1e-9),
+        "replayed_rps_in_climb": found.proposals * found.trace_requests / max(found.climbing_s * share, 1e-9),
         "train": found.attainment,
         "heldout": heldout,
         "heldout_mean": mean(heldout) if heldout else None,
