@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import floor
+from typing import TYPE_CHECKING
 
-import cvxpy as cp
 import numpy as np
-import pulp
 
 from data.errors import Infeasible
 from data.placement import Group, Placement, Shape
 from planning.placement.problem import Problem
+
+if TYPE_CHECKING:
+    import pulp
 
 _SUM_WEIGHT = 1e-4
 _MP_SHAPES = (Shape(1, 1), Shape(1, 2), Shape(1, 4), Shape(1, 8))
@@ -25,6 +27,8 @@ _STAGE_LOSS = 0.99
 
 def sr_ilp(problem: Problem, limit_s: float = 30.0) -> Placement:
     """Selective replication by PuLP and HiGHS: maximise the least served model, memory per device."""
+    import pulp
+
     one = Shape(1, 1)
     number = problem.tables.shape_number(one)
     models, devices = range(len(problem.fleet.models)), range(problem.fleet.devices)
@@ -46,6 +50,8 @@ def mp_ilp(problem: Problem, limit_s: float = 30.0) -> Placement:
 
     As published, memory is summed over a group, so that a placement may break memory rule A: check it.
     """
+    import pulp
+
     models, slots = range(len(problem.fleet.models)), range(problem.fleet.devices)
     shapes = [shape for shape in _MP_SHAPES if shape in problem.fleet.shapes]
     program = pulp.LpProblem("mp", pulp.LpMaximize)
@@ -81,6 +87,8 @@ def most_served(problem: Problem, shapes: Sequence[Shape], served: Sequence[Sequ
 
     `served[m][r]` requests of model m are met by r replicas, 0 first, with gains that do not grow.
     """
+    import cvxpy as cp
+
     models, groups = len(served), len(shapes)
     on = cp.Variable((models, groups), boolean=True)
     gains = [np.diff(np.asarray(row, dtype=float)) for row in served]
@@ -100,6 +108,8 @@ def most_served(problem: Problem, shapes: Sequence[Shape], served: Sequence[Sequ
 
 
 def _fair_objective(program: pulp.LpProblem, shares: Sequence[pulp.LpAffineExpression]) -> pulp.LpVariable:
+    import pulp
+
     least = program.add_variable("least")
     program += least + _SUM_WEIGHT * pulp.lpSum(shares)
     for share in shares:
@@ -108,6 +118,8 @@ def _fair_objective(program: pulp.LpProblem, shares: Sequence[pulp.LpAffineExpre
 
 
 def _solve(program: pulp.LpProblem, limit_s: float, value: pulp.LpVariable) -> None:
+    import pulp
+
     program.solve(pulp.HiGHS(msg=False, timeLimit=limit_s, threads=1))
     if value.varValue is None:
         raise Infeasible("the integer program found no placement in its time; allow more or drop a model")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
-import numba
+numba: Any
+try:
+    numba = import_module("numba")
+except ImportError:  # without the planning extra the kernels are interpreted: equal results, far slower
+    numba = None
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -15,9 +20,13 @@ def compiled(function: Function) -> Function:
 
     Arithmetic stays IEEE: nothing is reassociated, so results equal those of the interpreted function.
     """
+    if numba is None:
+        return function
     return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
 
 
 def inlined(function: Function) -> Function:
     """`compiled`, copied into every caller: for what is called per request and takes many arrays."""
+    if numba is None:
+        return function
     return cast(Function, numba.njit(inline="always", error_model="numpy")(function))
