@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.alpaserve_cases import check_placements
+from benchmarks.alpaserve_files import is_planning_case
 from benchmarks.checks import Checker, Document, FileReport, Folder, Verdict
 from benchmarks.spotserve_cases import CHECKERS
 from data.errors import PerennialError
@@ -50,15 +52,20 @@ def _loader(path: Path) -> Callable[[str], Document]:
 
 def _check_file(file: Path, folder: Folder) -> FileReport:
     name = f"{file.parent.name}/{file.name}"
-    if file.name in _INPUTS:
+    if file.name in _INPUTS or file.suffix == ".npz":
         return FileReport(name, (), "input")
     key, checker = _checker(file)
-    if checker is None:
+    if checker is None and file.suffix != ".json":
         return FileReport(name, (), "no checker yet")
     try:
         document = folder.load(file.name)
     except (OSError, ValueError) as error:
-        return FileReport(name, (Verdict("the file", float("inf"), f"cannot be read: {error}"),))
+        unreadable = Verdict("the file", float("inf"), f"cannot be read: {error}")
+        return FileReport(name, (unreadable,)) if checker else FileReport(name, (), "no checker yet")
+    if is_planning_case(document):
+        return _run(name, check_placements, document, folder)
+    if checker is None:
+        return FileReport(name, (), "no checker yet")
     if key not in document:
         return FileReport(name, (), "no checker yet: not in SpotServe's format")
     return _run(name, checker, document, folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLAN_EXTRA = ("prefect", "mlflow", "cvxpy", "pulp", "fastapi", "matplotlib")
+PLAN_EXTRA = ("prefect", "mlflow", "cvxpy", "pulp", "numba", "fastapi", "matplotlib")
 
 IMPORT_ALL = """
 import importlib, importlib.util, pathlib, sys

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from planning.simulation.compiled import compiled
 from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile, StaticConfig
 
 Array = npt.NDArray[np.float64]
@@ -77,7 +77,7 @@ class Line(NamedTuple):
     cursor: Ints
 
 
-@njit(cache=True)
+@compiled
 def _power(most: int) -> int:
     size = 1
     while size * 2 <= most:
@@ -85,7 +85,7 @@ def _power(most: int) -> int:
     return size
 
 
-@njit(cache=True)
+@compiled
 def advance_slots(
     now: float, until: float, watched: Ints, line: Line, times: BatchTimes, slots: Slots, pool: int, fill: bool
 ) -> float:
@@ -108,7 +108,7 @@ def advance_slots(
     return until
 
 
-@njit(cache=True)
+@compiled
 def _next_tick(t: float, line: Line, slots: Slots) -> int:
     """The first tick at which anything can happen: while somebody is signalled every tick counts."""
     arriving = np.searchsorted(line.arrival_s, t, side="right")
@@ -124,7 +124,7 @@ def _next_tick(t: float, line: Line, slots: Slots) -> int:
     return int(np.ceil(min(soonest, t + 3600.0) / STEP_S - 1e-9))
 
 
-@njit(cache=True)
+@compiled
 def _all_stopped(watched: Ints, slots: Slots) -> bool:
     for slot in watched:
         if slots.stopped_s[slot] == np.inf:
@@ -132,7 +132,7 @@ def _all_stopped(watched: Ints, slots: Slots) -> bool:
     return len(watched) > 0
 
 
-@njit(cache=True)
+@compiled
 def _finish(slot: int, t: float, line: Line, slots: Slots) -> None:
     """The batch of a pipeline is over: done, or cut short and then the pipeline stops with it."""
     if slots.end_s[slot] > t or slots.running[slot] == 0 or slots.stopped_s[slot] < np.inf:
@@ -152,7 +152,7 @@ def _finish(slot: int, t: float, line: Line, slots: Slots) -> None:
     slots.end_s[slot] = np.inf
 
 
-@njit(cache=True)
+@compiled
 def _begin(slot: int, t: float, line: Line, times: BatchTimes, slots: Slots) -> None:
     """An idle pipeline takes the largest power of two of its queue, as far as its deadline allows."""
     if slots.up_s[slot] > t or slots.running[slot] > 0 or slots.stopped_s[slot] < np.inf:
@@ -174,7 +174,7 @@ def _begin(slot: int, t: float, line: Line, times: BatchTimes, slots: Slots) -> 
             slots.end_s[slot] = t + times.factor * (times.prefill_s[batch] + steps * times.decode_s[batch])
 
 
-@njit(cache=True)
+@compiled
 def _allowed(t: float, slot: int, batch: int, times: BatchTimes, slots: Slots) -> int:
     """Decode steps of the next batch, as `planning.arrangement.steps_that_fit` with its stop rule."""
     estimate = slots.estimate_s[slot]
@@ -188,7 +188,7 @@ def _allowed(t: float, slot: int, batch: int, times: BatchTimes, slots: Slots) -
     return steps - 1 if estimate >= 0 else steps + 1
 
 
-@njit(cache=True)
+@compiled
 def _return(slot: int, keep: int, line: Line, slots: Slots) -> None:
     """What a stopping engine has only queued goes back to the request server."""
     for index in range(keep, slots.held[slot]):
@@ -197,7 +197,7 @@ def _return(slot: int, keep: int, line: Line, slots: Slots) -> None:
     slots.held[slot] = keep
 
 
-@njit(cache=True)
+@compiled
 def _dispatch(t: float, line: Line, most: int, slots: Slots, pool: int, fill: bool) -> None:
     """The request server hands out the largest power of two of what waits, as long as somebody takes it."""
     while True:
@@ -223,7 +223,7 @@ def _dispatch(t: float, line: Line, most: int, slots: Slots, pool: int, fill: bo
             request += 1
 
 
-@njit(cache=True)
+@compiled
 def _skip(t: float, line: Line) -> None:
     first = line.cursor[0]
     while first < len(line.arrival_s) and line.state[first] != WAITING and line.arrival_s[first] <= t:
@@ -231,7 +231,7 @@ def _skip(t: float, line: Line) -> None:
     line.cursor[0] = first
 
 
-@njit(cache=True)
+@compiled
 def _taker(t: float, slots: Slots, pool: int, fill: bool) -> int:
     """Empty pipelines first; with `fill` also the least loaded one below `pool` requests. -1: nobody."""
     chosen = -1

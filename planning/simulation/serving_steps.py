@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from planning.simulation.compiled import compiled
 from planning.static_batch import OUTPUT_TOKENS
 from planning.step_costs import INPUT_TOKENS, MOST_GROUP, StepTimes
 
@@ -148,7 +148,7 @@ class Service:
             self.now_s = until_s
 
 
-@njit(cache=True)
+@compiled
 def _advance(now: float, until: float, line: _Line, it: _Replicas) -> None:
     arriving = int(np.searchsorted(line.arrival_s, now, side="right"))
     _hand_out(now, arriving, line, it)
@@ -179,7 +179,7 @@ def _advance(now: float, until: float, line: _Line, it: _Replicas) -> None:
                 _hand_out(now, arriving, line, it)
 
 
-@njit(cache=True)
+@compiled
 def _waiting(arrived: int, line: _Line) -> int:
     """The first request that waits, -1 if none does."""
     first = line.cursor[0]
@@ -189,7 +189,7 @@ def _waiting(arrived: int, line: _Line) -> int:
     return first if first < arrived else -1
 
 
-@njit(cache=True)
+@compiled
 def _hand_out(now: float, arrived: int, line: _Line, it: _Replicas) -> None:
     """What waits goes to the replica with fewest requests, among equals to the one with fewest tokens to go."""
     request = _waiting(arrived, line)
@@ -214,7 +214,7 @@ def _hand_out(now: float, arrived: int, line: _Line, it: _Replicas) -> None:
         request = _waiting(arrived, line)
 
 
-@njit(cache=True)
+@compiled
 def _step(replica: int, t: float, line: _Line, it: _Replicas) -> bool:
     """One step of a replica; whether a place became free."""
     fresh = it.held[replica] - it.running[replica]
@@ -251,7 +251,7 @@ def _step(replica: int, t: float, line: _Line, it: _Replicas) -> bool:
     return freed
 
 
-@njit(cache=True)
+@compiled
 def _prefill(replica: int, t: float, group: int, line: _Line, it: _Replicas) -> None:
     """Prompts and whatever tokens there were already; a longer one is charged in proportion."""
     longest = 0

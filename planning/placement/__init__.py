@@ -1,0 +1,1 @@
+"""Which models share which devices, in which shape."""
