@@ -12,6 +12,8 @@ import pytest
 from benchmarks.placement import main
 from tests.planning.shared_fleets import GIB, arrivals, profiles
 
+pytestmark = pytest.mark.slow  # on a machine that has not compiled the kernels yet
+
 
 def write_case(folder: Path, name: str, *, slo_s: float) -> None:
     configs: dict[str, Any] = {

@@ -18,6 +18,8 @@ from planning.placement.problem import Problem
 from planning.placement.uniform import UniformSearch, mp_search
 from tests.planning.shared_fleets import arrivals, fleet
 
+pytestmark = pytest.mark.slow  # on a machine that has not compiled the kernels yet
+
 ONE, TWO = Shape(1, 1), Shape(1, 2)
 
 

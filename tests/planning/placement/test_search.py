@@ -20,6 +20,8 @@ from planning.placement.search import Searched, search
 from planning.simulation.requests import TRIM_S, replay
 from tests.planning.shared_fleets import GIB, arrivals, fleet
 
+pytestmark = pytest.mark.slow  # on a machine that has not compiled the kernels yet
+
 MIXED = Problem(
     fleet(["large", "small", "small", "large", "small", "small"], devices=8, rate_rps=4.0),
     arrivals(6, duration_s=60.0, rate_rps=4.0),
