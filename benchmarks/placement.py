@@ -134,7 +134,8 @@ def _under_every_rule(problem: Problem, placement: Placement, case: PlanningCase
 
     def discrete(trace: Arrivals) -> float:
         begin, end = trace.trimmed(TRIM_S)
-        return float(discrete_replay(case.fleet, placement, trace)[begin:end].mean())
+        good = discrete_replay(case.fleet, placement, trace)[begin:end]
+        return float(good.mean()) if len(good) else float("nan")
 
     rules: dict[str, Callable[[Arrivals], float]] = {
         "fast": lambda trace: replay(problem.tables, placement, trace).attainment(trace),
