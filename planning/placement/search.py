@@ -3,16 +3,17 @@
 It starts from the best of AlpaServe's policies on the given trace and climbs by small random changes, each of which
 is simulated as far as it reaches. A change is kept if the weighted attainment over the given trace and a few drawn
 futures is no lower, and the attainment on the given trace stays at or above that of every policy it started from.
+At last other futures, which the climb has not seen, say whether anything was gained; if not, the start it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.placement import Placement
+from data.placement import Arrivals, Placement
 from planning.placement.baselines import sr_greedy
 from planning.placement.beam import promising_beam
 from planning.placement.buckets import mp_search_sep
@@ -22,6 +23,7 @@ from planning.placement.moves import Layout, layout_of
 from planning.placement.problem import Problem
 from planning.simulation.board import Board, Trace, board_of, placement_of, trace_of
 from planning.simulation.requests import TRIM_S, replay
+from planning.simulation.tables import Floats
 
 Clock = Callable[[], float]
 
@@ -35,6 +37,8 @@ _SHARE = 0.25  # of the time, at most, for the beam
 _TRAIN_SHARE = 0.3  # of the objective, the rest being the futures
 _CLIMBED_PER_S = 50e6  # requests that a climb simulates, about
 _REQUESTS_PER_S = 20e6  # a cautious guess at what a beam simulates
+_UNSEEN = 8  # futures that the climb does not see
+_UNSEEN_SEED = 1_000_000_000
 _PATIENCE = 4000  # proposals without success after which the climb starts again
 
 
@@ -66,13 +70,34 @@ def search(problem: Problem, clock: Clock, budget_s: float, seed: int = 0) -> Se
     name, start = max(
         _starts(problem, clock, clock() + _SHARE * budget_s), key=lambda one: _attainment(problem, one[1])
     )
+    unseen = _unseen(problem, seed) if clock() < deadline_s else []
+    judging_s = clock()
+    before = _attainments(problem, start, unseen)
+    deadline_s -= clock() - judging_s  # what is found takes as long to judge
     climber = _Climber(problem, start, budget_s, seed)
     started_s = clock()
     while clock() < deadline_s:
         climber.advance()
     climbing_s = clock() - started_s
-    best = climber.best_placement
+    climbed = climber.best_placement
+    best = climbed if _gained(before, _attainments(problem, climbed, unseen)) else start
     return Searched(best, _attainment(problem, best), name, *climber.effort, climbing_s, climber.requests)
+
+
+def _unseen(problem: Problem, seed: int) -> list[Arrivals]:
+    drift = measured_drift(problem.fleet, problem.arrivals)
+    first = _UNSEEN_SEED + _UNSEEN * seed
+    return [future(problem.fleet, problem.arrivals.span_s, first + number, drift) for number in range(_UNSEEN)]
+
+
+def _attainments(problem: Problem, placement: Placement, traces: Sequence[Arrivals]) -> Floats:
+    return np.array([replay(problem.tables, placement, one).attainment(one) for one in traces])
+
+
+def _gained(before: Floats, after: Floats) -> bool:
+    """Whether the second is better on average, by more than the standard error of the mean."""
+    gains = after - before
+    return len(gains) > 1 and bool(gains.mean() > gains.std(ddof=1) / len(gains) ** 0.5)
 
 
 def _starts(problem: Problem, clock: Clock, deadline_s: float) -> Iterator[tuple[str, Placement]]:
