@@ -294,7 +294,7 @@ class Fleet:
                 await self._carry_out(transition, target)
             self.config = target
         elif self.dispatcher.replicas:
-            self._recovery.abandon()
+            self._forget(self._recovery.settle(self._recovery.stranded))
         if self._settings.replication.enabled:
             self._copies.arrange(self.dispatcher.replicas.values())
         self._report_capacity()
@@ -386,7 +386,7 @@ class Fleet:
         self._commit(transition, outcome, attempt, target, mode)
 
     def _after_failure(self, attempt: Reconfiguration, retired: Sequence[Replica]) -> None:
-        self._recovery.failed(attempt.stranded)
+        self._forget(self._recovery.failed(attempt.stranded))
         self.dispatch()
         if attempt.paused:
             for replica in retired:

@@ -38,15 +38,11 @@ class Recovery:
         self._copies.ended([replica.number])
         self.stranded.append(Stranded(replica.number, replica.devices, records, copied))
 
-    def failed(self, stranded: Iterable[Stranded]) -> None:
-        """An attempt to restore these failed; what several could not restore is replayed."""
+    def failed(self, stranded: Iterable[Stranded]) -> list[int]:
+        """An attempt to restore these failed; what several could not restore is settled as by `settle`."""
         for one in stranded:
             one.attempts += 1
-        self.settle([one for one in self.stranded if one.attempts > _ATTEMPTS])
-
-    def abandon(self) -> None:
-        """There is nothing to restore to."""
-        self.settle(self.stranded)
+        return self.settle([one for one in self.stranded if one.attempts > _ATTEMPTS])
 
     def settle(self, stranded: Sequence[Stranded]) -> list[int]:
         """What could be restored of these was: the rest is replayed. Returns their numbers."""

@@ -88,7 +88,7 @@ class KvStream(threading.Thread):
         token_bytes = 2 * layers * heads * cache.head_dim * cache.dtype.itemsize
         self._frame_tokens = max(1, frame_bytes // token_bytes)
         self._sent: dict[int, Cached] = {}
-        self._unanswered: dict[int, list[Span]] = {}
+        self._unanswered: dict[int, tuple[list[Span], list[int]]] = {}  # spans and ended sequences by frame
         self._kept: dict[int, Kept] = {}
         self._answered = threading.Condition()
         self._connection: socket.socket | None = None
@@ -196,7 +196,7 @@ class KvStream(threading.Thread):
         body = as_bytes(data) if data is not None else None
         self._numbers += 1
         with self._answered:
-            self._unanswered[self._numbers] = spans
+            self._unanswered[self._numbers] = spans, ended
             while len(self._unanswered) > _WINDOW and self._connection is connection:
                 self._answered.wait(_PATIENCE_S)
         frame = [(span.key, span.start, span.stop) for span in spans]
@@ -228,8 +228,10 @@ class KvStream(threading.Thread):
                     logger.warning("the keeper of replica %d: %s", self._replica, answer.refusal)
                     break
                 with self._answered:
-                    for span in self._unanswered.pop(answer.number, []):
-                        self._kept[span.key] = Kept(span.cached.life, span.stop)
+                    spans, ended = self._unanswered.pop(answer.number, ((), ()))
+                    self._kept |= {span.key: Kept(span.cached.life, span.stop) for span in spans}
+                    for key in ended:
+                        self._kept.pop(key, None)
                     self._index.follow(self._kept)
                     self._answered.notify_all()
                 self._report()
