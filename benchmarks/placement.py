@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import mean, median
@@ -30,6 +30,7 @@ from planning.placement.beam import alg1_beam
 from planning.placement.bound import bound
 from planning.placement.buckets import mp_search_sep
 from planning.placement.feasibility import breaches, device_bytes, require_feasible
+from planning.placement.policies import policy
 from planning.placement.problem import Problem
 from planning.placement.search import search
 from planning.placement.uniform import Found, mp_search
@@ -100,6 +101,7 @@ def place(case: PlanningCase, budget_s: float, seeds: int, scale: float | None) 
         "seeds": [{key: run[key] for key in ("seed", "train", "heldout_mean", "search_s")} for run in runs],
         "recorded": _recorded(case),
         "published": {name: _published(case, name, scale) for name in _PUBLISHED},
+        "policies": {name: _again(case, name, entry) for name, entry in case.recorded.items() if "train" in entry},
         "simulator": _speeds(problem, placement),
     }
 
@@ -193,6 +195,17 @@ def _published(case: PlanningCase, name: str, scale: float | None) -> dict[str, 
             "quicker_scaled": entry["search_time_s"] * scale / median(seconds) if scale else None,
         }
     return result
+
+
+def _again(case: PlanningCase, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded policy by its published name: attainment on the given trace here, beside that recorded."""
+    result: dict[str, Any] = {"recorded_train": entry["train"]["attainment_warmup10"]}
+    problem = Problem(case.fleet, case.train)
+    try:
+        plan = policy(name)(problem)
+    except PerennialError as error:
+        return result | {"error": str(error)}
+    return result | {"train": replay(problem.tables, plan, case.train).attainment(case.train)}
 
 
 def _speeds(problem: Problem, placement: Placement) -> dict[str, float]:

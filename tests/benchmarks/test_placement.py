@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.alpaserve_files import read_case
 from benchmarks.placement import main
+from data.errors import InvalidInput
+from planning.placement.policies import policy
+from planning.placement.problem import Problem
+from planning.simulation.requests import replay
 from tests.planning.shared_fleets import GIB, arrivals, profiles
 
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "cases" / "alpaserve"
 pytestmark = pytest.mark.slow  # on a machine that has not compiled the kernels yet
 
 
@@ -52,3 +58,22 @@ def test_a_case_without_recorded_results_is_placed(tmp_path: Path, capsys: pytes
 def test_a_folder_without_cases_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cases", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no planning case" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="reference cases are not beside the repository")
+@pytest.mark.parametrize("case", ["c03", "c04", "c13"])
+def test_recorded_policies_are_reproduced_by_their_names(case: str) -> None:
+    (file,) = REFERENCE.glob(f"{case}_*.json")
+    recorded = read_case(json.loads(file.read_text()), REFERENCE)
+    problem, seen = Problem(recorded.fleet, recorded.train), []
+    for name, entry in recorded.recorded.items():
+        if "train" in entry and name not in ("mp-search-evo20", "mp-search-op8"):
+            plan = policy(name)(problem)
+            seen.append(replay(problem.tables, plan, recorded.train).attainment(recorded.train))
+            assert seen[-1] >= entry["train"]["attainment_warmup10"] - 0.002, name
+    assert len(seen) >= 6
+
+
+def test_an_unknown_policy_is_told_what_is_known() -> None:
+    with pytest.raises(InvalidInput, match=r"named evolution; known are alg1-beamN.*sr-uniform"):
+        policy("evolution")
