@@ -25,7 +25,6 @@ Ints = npt.NDArray[np.int64]
 
 MOST_EXACT = 48  # instances up to which the linear program is solved
 _ROUNDS = 100
-_PENALTY = 1e3  # times the dearest option: running nothing where something fits is never worth it
 
 
 @dataclass(frozen=True, slots=True)

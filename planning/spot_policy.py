@@ -7,12 +7,13 @@ from typing import Literal
 
 import numpy as np
 
+from data.placement import Shape
 from planning.availability import Process
 from planning.policy import Problem, Solution, hysteretic, myopic, solve
 from planning.simulation.serving_perennial import MOST_REPLICAS, Charges, Policy, Target
 from planning.simulation.serving_steps import Service
 from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile
-from planning.step_costs import Shape, StepCosts
+from planning.step_costs import StepCosts
 
 Rule = Literal["optimal", "myopic", "hysteresis"]
 
@@ -189,7 +190,11 @@ def published_policy(profile: StaticBatchProfile, rate_rps: float, gpus: int = 4
 
     def choose(instances: int, _now: Target | None) -> Target | None:
         chosen = profile.choose(max(instances, 0) * gpus, most_batch, rate_rps)
-        return (Shape(chosen.config.stages, chosen.config.shards), chosen.config.replicas) if chosen else None
+        return (
+            (Shape(shards=chosen.config.shards, stages=chosen.config.stages), chosen.config.replicas)
+            if chosen
+            else None
+        )
 
     return choose
 

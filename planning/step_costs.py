@@ -16,6 +16,7 @@ from math import ceil
 import numpy as np
 import numpy.typing as npt
 
+from data.placement import Shape
 from planning.edge_weights import GptShape
 from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile
 
@@ -26,19 +27,6 @@ INPUT_TOKENS = 512
 MOST_GROUP = 4  # prompts prefilled together, as in the published runs
 FINE_SHARDS = 16
 _FP32 = 4
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Shape:
-    """Stages and shards of one replica."""
-
-    stages: int
-    shards: int
-
-    @property
-    def devices(self) -> int:
-        """Devices of one replica."""
-        return self.stages * self.shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +65,7 @@ class StepCosts:
         """Shapes that fill whole instances and fit with at least one request."""
         sizes = [shards for shards in (1, 2, 4, 8, 16) if shards <= self.profile.most_shards]
         stages = range(1, self.profile.computed_layers + 1)
-        found = [Shape(deep, wide) for wide in sizes for deep in stages if deep * wide <= 48]
+        found = [Shape(shards=wide, stages=deep) for wide in sizes for deep in stages if deep * wide <= 48]
         return [
             one
             for one in found

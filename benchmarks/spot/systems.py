@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.spot.inputs import DISK_BYTES_PER_S, HOSTS, Inputs, Model, Times, with_fallback
 from data.availability import AvailabilityTrace
+from data.placement import Shape
 from planning.simulation.serving import Outcome
 from planning.simulation.serving_baselines import (
     pinnable,
@@ -17,10 +18,13 @@ from planning.simulation.serving_baselines import (
 from planning.simulation.serving_perennial import Charges, Policy, simulate_perennial
 from planning.simulation.serving_spotserve import simulate_spotserve
 from planning.spot_policy import Book, pinned_policy, published_policy
-from planning.step_costs import Shape
 
 FREE = Charges(start_s=0.0, cut_s=0.0, prepare_s=0.0, slowdown=1.0, background=1e3, margin_s=0.0, disk_bytes_per_s=1e15)
-SKYSERVE_SHAPES = {"6.7B": Shape(1, 4), "20B": Shape(2, 8), "30B": Shape(2, 8)}
+SKYSERVE_SHAPES = {
+    "6.7B": Shape(shards=4, stages=1),
+    "20B": Shape(shards=8, stages=2),
+    "30B": Shape(shards=8, stages=2),
+}
 SKYSERVE_REPLICAS = {"6.7B": 8, "20B": 2, "30B": 2}  # what the published rates need on 8 instances
 _MOST_PINNED_DEVICES = 24
 

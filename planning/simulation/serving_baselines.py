@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data.availability import AvailabilityTrace
+from data.placement import Shape
 from planning.simulation.serving import GRACE_S, Array, FleetEvent, Outcome, Transition, before, events_of, merged
 from planning.simulation.serving_spotserve import MOST_BATCH, Hosts, StaticFleet, drain
 from planning.simulation.serving_static import Pipelines, Requests, advance
 from planning.simulation.serving_static_kernel import BatchTimes
 from planning.static_batch import StaticConfig
-from planning.step_costs import Shape
 
 _ESTIMATE_S = 0.5  # what the artifact tells their engines that a change takes
 _POOL = 2 * MOST_BATCH
@@ -146,7 +146,7 @@ def pinnable(fleet: StaticFleet, hosts: int) -> list[StaticConfig]:
     profile, found = fleet.profile, []
     for shards in (size for size in (1, 2, 4, 8, 16) if size <= profile.most_shards):
         for stages in range(1, hosts * fleet.gpus_per_host // shards + 1):
-            shape = Shape(stages, shards)
+            shape = Shape(shards=shards, stages=stages)
             whole = shape.devices % fleet.gpus_per_host == 0 and profile.stored_layers % stages == 0
             if whole and shape.devices >= profile.least_devices:
                 found.append(StaticConfig(1, stages, shards, MOST_BATCH, MOST_BATCH, 1))

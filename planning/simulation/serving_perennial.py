@@ -7,17 +7,18 @@ lost. Every loss is enforced at its deadline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from data.availability import AvailabilityTrace
+from data.placement import Shape
 from planning.simulation.serving import DRAIN_S, Array, FleetEvent, Outcome, Transition, before, events_of
 from planning.simulation.serving_residency import Residency
 from planning.simulation.serving_steps import Service
-from planning.step_costs import INPUT_TOKENS, Cells, Shape, StepCosts
+from planning.step_costs import INPUT_TOKENS, Cells, StepCosts
 
 MOST_REPLICAS = 32
 
@@ -139,7 +140,7 @@ class _Run:
 
     def _plan(self, event: FleetEvent, target: Target | None, after: Sequence[str]) -> _Move:
         if target is None:
-            return _Move(Shape(1, 1), [], list(self.replicas), [])
+            return _Move(Shape(shards=1, stages=1), [], list(self.replicas), [])
         shape, wanted = target
         able = [one for one in self.replicas if one.shape == shape and set(one.instances) <= set(after)]
         able.sort(key=lambda one: -int(self.service.replicas.held[one.number]))
@@ -294,13 +295,3 @@ class _Run:
             if target is not None and target[0] not in [shape for shape, _ in targets]:
                 targets.append(target)
         return [self.costs.roles(shape) for shape, _ in targets]
-
-
-def fixed(table: Mapping[int, Target]) -> Policy:
-    """What a table says for the most instances it knows that are there."""
-
-    def choose(instances: int, _now: Target | None) -> Target | None:
-        known = [count for count in table if count <= instances]
-        return table[max(known)] if known else None
-
-    return choose

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planning.step_costs import Cells, Shape, StepCosts
+from data.placement import Shape
+from planning.step_costs import Cells, StepCosts
 
 
 @dataclass(slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from data.placement import Shape
 from planning.edge_weights import GptShape
 from planning.static_batch import StaticBatchProfile, StaticConfig
-from planning.step_costs import MOST_GROUP, Shape, StepCosts
+from planning.step_costs import MOST_GROUP, StepCosts
 
 PROFILE = StaticBatchProfile(
     stored_layers=48,
@@ -27,7 +28,7 @@ PROFILE = StaticBatchProfile(
 COSTS = StepCosts(PROFILE, GptShape(48, 51200, 6144, 640))
 
 
-@pytest.mark.parametrize("shape", [Shape(2, 8), Shape(3, 4)])
+@pytest.mark.parametrize("shape", [Shape(shards=8, stages=2), Shape(shards=4, stages=3)])
 def test_one_request_alone_takes_what_the_published_formula_says(shape: Shape) -> None:
     times = COSTS.times(shape)
     published = PROFILE.latency_ms(StaticConfig(1, shape.stages, shape.shards, 1, 1, 1)) / 1e3
@@ -38,7 +39,7 @@ def test_one_request_alone_takes_what_the_published_formula_says(shape: Shape) -
 
 
 def test_steps_get_no_shorter_with_more_requests_and_stages_share_them() -> None:
-    times = COSTS.times(Shape(2, 8))
+    times = COSTS.times(Shape(shards=8, stages=2))
     assert (np.diff(times.decode_s[1:]) >= 0).all()
     assert times.decode_s[1] == times.decode_s[2]  # one request on each of two stages
     assert times.room <= 16
@@ -46,13 +47,16 @@ def test_steps_get_no_shorter_with_more_requests_and_stages_share_them() -> None
 
 def test_what_does_not_fit_in_memory_is_no_shape() -> None:
     assert all(COSTS.room(shape) > 0 for shape in COSTS.shapes())
-    assert Shape(3, 4) in COSTS.shapes()
+    assert Shape(shards=4, stages=3) in COSTS.shapes()
     small = StepCosts(PROFILE, COSTS.model, memory_bytes=8e9)
-    assert small.room(Shape(3, 4)) == 0
-    assert Shape(3, 4) not in small.shapes()
+    assert small.room(Shape(shards=4, stages=3)) == 0
+    assert Shape(shards=4, stages=3) not in small.shapes()
 
 
-@pytest.mark.parametrize("shape", [Shape(2, 8), Shape(3, 4), Shape(12, 1), Shape(5, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(shards=8, stages=2), Shape(shards=4, stages=3), Shape(shards=1, stages=12), Shape(shards=4, stages=5)],
+)
 def test_the_roles_of_a_replica_hold_every_cell_once(shape: Shape) -> None:
     roles = COSTS.roles(shape)
     assert len(roles) == shape.devices // COSTS.gpus

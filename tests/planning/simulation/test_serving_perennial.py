@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from data.availability import AvailabilityTrace, Change
+from data.placement import Shape
 from planning.availability import Process
 from planning.edge_weights import GptShape
 from planning.simulation.serving_baselines import pinnable, simulate_reparallelization, simulate_rerouting
-from planning.simulation.serving_perennial import Charges, fixed, simulate_perennial
+from planning.simulation.serving_perennial import Charges, Policy, Target, simulate_perennial
 from planning.simulation.serving_spotserve import StaticFleet
 from planning.spot_policy import Load, build, gamma_arrivals, published_policy
 from planning.static_batch import StaticBatchProfile
-from planning.step_costs import Shape, StepCosts
+from planning.step_costs import StepCosts
+
+
+def fixed(table: Mapping[int, Target]) -> Policy:
+    """What a table says for the most instances it knows that are there."""
+
+    def choose(instances: int, _now: Target | None) -> Target | None:
+        known = [count for count in table if count <= instances]
+        return table[max(known)] if known else None
+
+    return choose
+
 
 PROFILE = StaticBatchProfile(
     stored_layers=24,
@@ -31,7 +44,14 @@ PROFILE = StaticBatchProfile(
 MODEL = GptShape(24, 1000, 4096, 640)
 COSTS = StepCosts(PROFILE, MODEL)
 ARRIVALS = np.arange(1, 250) * 1.5
-TABLE = fixed({1: (Shape(1, 4), 1), 2: (Shape(1, 8), 1), 3: (Shape(1, 4), 3), 4: (Shape(1, 8), 2)})
+TABLE = fixed(
+    {
+        1: (Shape(shards=4, stages=1), 1),
+        2: (Shape(shards=8, stages=1), 1),
+        3: (Shape(shards=4, stages=1), 3),
+        4: (Shape(shards=8, stages=1), 2),
+    }
+)
 
 
 def _names(*numbers: int) -> tuple[str, ...]:
@@ -61,14 +81,14 @@ CHANGING = _trace(
 def test_every_request_is_done_on_a_fleet_that_also_vanishes(charges: Charges) -> None:
     outcome = simulate_perennial(COSTS, CHANGING, ARRIVALS, TABLE, charges)
     assert np.isfinite(outcome.done_s).all()
-    assert (outcome.latency_s >= COSTS.least_s(Shape(1, 8)) - 1e-9).all()
+    assert (outcome.latency_s >= COSTS.least_s(Shape(shards=8, stages=1)) - 1e-9).all()
     # Between the last loss and the addition nobody serves, and weights come from disk afterwards.
     assert not ((outcome.done_s > 300.0) & (outcome.done_s < 345.0)).any()
 
 
 def test_more_replicas_of_one_shape_disturb_nobody() -> None:
     grow = _trace(Change(0.0, "add", _names(0, 1, 2)), Change(100.0, "add", _names(3, 4), 30.0))
-    policy = fixed({count: (Shape(1, 4), count) for count in range(1, 6)})
+    policy = fixed({count: (Shape(shards=4, stages=1), count) for count in range(1, 6)})
     (change,) = simulate_perennial(COSTS, grow, ARRIVALS, policy).transitions
     assert change.ready_s == change.stop_s
     assert change.shape == (5, 1, 4)
@@ -76,7 +96,7 @@ def test_more_replicas_of_one_shape_disturb_nobody() -> None:
 
 def test_a_planned_loss_costs_a_pause_and_no_prefill() -> None:
     shrink = _trace(Change(0.0, "add", _names(0, 1, 2)), Change(100.0, "remove", _names(2), 30.0))
-    policy = fixed({count: (Shape(1, 4), count) for count in range(1, 4)})
+    policy = fixed({count: (Shape(shards=4, stages=1), count) for count in range(1, 4)})
     still = simulate_perennial(COSTS, _trace(Change(0.0, "add", _names(0, 1, 2))), ARRIVALS, policy)
     moved = simulate_perennial(COSTS, shrink, ARRIVALS, policy)
     lost = simulate_perennial(COSTS, shrink, ARRIVALS, policy, Charges(arranger=False))
@@ -122,4 +142,7 @@ def test_the_published_choice_as_a_policy() -> None:
     assert chosen is not None
     assert chosen[0].devices * chosen[1] <= 16
     assert policy(0, None) is None
-    assert replace(COSTS, plain_prefill=True).times(Shape(1, 8)).through_s[4] > COSTS.times(Shape(1, 8)).through_s[4]
+    assert (
+        replace(COSTS, plain_prefill=True).times(Shape(shards=8, stages=1)).through_s[4]
+        > COSTS.times(Shape(shards=8, stages=1)).through_s[4]
+    )
