@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,6 +23,7 @@ import psutil
 
 from perennial.feed import EventFeed
 from perennial.network import Host
+from perennial.ports import free_port
 from perennial.processes import ProcessGroup, Start, gone, living, python_module, start_command
 from serving import settings as serving_settings
 from serving.api.client import Client
@@ -51,13 +51,6 @@ class Instance:
     gpus: tuple[int, ...] = ()
     leaving: bool = False
     suspended: bool = False
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 class Fleet:

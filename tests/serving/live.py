@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from data.cluster import ClusterSpec, ClusterState, InstanceType
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Estimate, Objective, Plan, PlanBook
+from perennial.ports import free_port
 from serving.api.client import Client
 from serving.engine.checkpoint import create_checkpoint
 from serving.requests import Event, Limits, Sampling, ServerInfo
@@ -48,12 +48,6 @@ def plan_book(spec: ModelSpec, configs: dict[int, tuple[int, int, int]]) -> Plan
         plans.append(Plan(state, ParallelConfig(*degrees, 4), Estimate(1.0, 1.0, 1000), "for a test"))
     cluster = ClusterSpec("local", (kind,), (max(configs),))
     return PlanBook(spec, cluster, Objective(1.0, 64, 64), "test", "0" * 64, tuple(plans))
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class LiveFleet:
