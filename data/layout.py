@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from data.errors import InvalidInput
+
+_KEY = re.compile(r"D(\d+)·P(\d+)·T(\d+)·B(\d+)(?:·L(\d+(?:\+\d+)*))?")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,6 +53,21 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         return f"D{self.replicas}·P{self.stages}·T{self.shards}·B{self.max_batch}"
+
+    @property
+    def key(self) -> str:
+        """Text form that says everything, such as `D2·P3·T1·B8` or, with a partition, `D2·P3·T1·B8·L4+4+3`."""
+        return f"{self}·L{'+'.join(map(str, self.partition))}" if self.partition else str(self)
+
+    @classmethod
+    def from_key(cls, key: str) -> ParallelConfig:
+        """Inverse of `key`. Raises `InvalidInput`."""
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise InvalidInput(f"{key!r} is not a parallel configuration; write one like D2·P3·T1·B8")
+        *degrees, layers = found.groups()
+        replicas, stages, shards, max_batch = map(int, degrees)
+        return cls(replicas, stages, shards, max_batch, tuple(map(int, layers.split("+"))) if layers else ())
 
     @property
     def devices(self) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from data.plan import Candidate, Plan, PlanBook
+from data.explanation import Candidate
+from data.plan import Plan, PlanBook
 
 
 @dataclass(frozen=True, slots=True)

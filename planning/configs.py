@@ -8,8 +8,9 @@ from math import inf
 from typing import Literal, get_args
 
 from data.errors import InvalidInput
+from data.explanation import Candidate, Estimate
 from data.layout import ParallelConfig
-from data.plan import Candidate, Estimate, Objective
+from data.plan import Objective
 from planning.costs import CostModel
 from planning.queueing import waiting_s
 from planning.static_batch import first_best

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
+from data.explanation import Candidate, Estimate
 from data.layout import ParallelConfig
 from data.models import ModelSpec
-from data.plan import Candidate, Estimate, Objective, Plan, PlanBook
+from data.plan import Objective, Plan, PlanBook
 from data.profile import Fingerprint, Profile
 
 MODEL = ModelSpec(
