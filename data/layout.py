@@ -88,12 +88,13 @@ class ParallelConfig:
         """Half-open range of decoder layers that `stage` computes in a model of `layers` layers."""
         if not 0 <= stage < self.stages <= layers:
             raise InvalidInput(f"stage {stage} of {self.stages} does not exist in a model of {layers} layers")
-        sizes = self.partition or tuple(
-            layers // self.stages + (index < layers % self.stages) for index in range(self.stages)
-        )
-        if sum(sizes) != layers:
-            raise InvalidInput(f"partition {sizes} does not add up to {layers} layers")
-        return sum(sizes[:stage]), sum(sizes[: stage + 1])
+        if not self.partition:
+            each, more = divmod(layers, self.stages)
+            start = stage * each + min(stage, more)
+            return start, start + each + (stage < more)
+        if sum(self.partition) != layers:
+            raise InvalidInput(f"partition {self.partition} does not add up to {layers} layers")
+        return sum(self.partition[:stage]), sum(self.partition[: stage + 1])
 
     def positions(self) -> Iterator[Position]:
         """Every position, replica by replica, stage by stage, shard by shard."""
