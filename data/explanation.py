@@ -59,7 +59,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What going from one configuration to another takes: bytes that travel, seconds of preparation while
+    """What going from one configuration to another takes: bytes between instances, seconds of preparation while
     the old one serves, and seconds in which the requests of replicas that change stand still.
     """
 

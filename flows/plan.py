@@ -22,8 +22,7 @@ from flows.profile import ProfileRequest, profile
 from flows.publish import Published, publish
 from flows.registry import CHAMPION, Registry, Release
 from flows.summary import FitError, frontier_rows, summary_markdown
-from planning.book import build_book
-from planning.configs import Policy
+from planning.book import Policy, build_book
 from planning.costs import CostModel, holdout_error
 
 _ROOT = Path(__file__).resolve().parent.parent

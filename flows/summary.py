@@ -30,8 +30,7 @@ def curve(book: PlanBook) -> tuple[Plan, ...]:
 
 def spot_price_usd_h(book: PlanBook, plan: Plan) -> float:
     """What the instances of a plan's state cost together on the spot market, US dollars per hour."""
-    prices = {kind.name: kind.price_spot_usd_h for kind in book.cluster.types}
-    return sum(prices[name] * count for name, count in plan.state.counts)
+    return book.cluster.price_usd_h(plan.state)
 
 
 def curve_metrics(book: PlanBook) -> Iterator[tuple[str, float, int]]:

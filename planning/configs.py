@@ -15,7 +15,7 @@ from planning.costs import CostModel
 from planning.queueing import late_share, waiting_s
 from planning.static_batch import first_best
 
-Policy = Literal["perennial", "spotserve"]
+Momentary = Literal["perennial", "spotserve"]
 
 _FRONTIER = 12
 
@@ -45,7 +45,7 @@ class Choice:
     frontier: tuple[Candidate, ...] = ()
 
 
-def choose(costs: CostModel, devices: int, objective: Objective, limits: Limits, policy: Policy) -> Choice:
+def choose(costs: CostModel, devices: int, objective: Objective, limits: Limits, policy: Momentary) -> Choice:
     """The best configuration for at most `devices` devices.
 
     `perennial`: any stages and shards; the smallest predicted latency including queueing among
@@ -54,8 +54,8 @@ def choose(costs: CostModel, devices: int, objective: Objective, limits: Limits,
     (ASPLOS'24) on this cost model: stages divide the layers, shards and batches are powers of two,
     all devices are used, the first of equals wins.
     """
-    if policy not in get_args(Policy):
-        raise InvalidInput(f"policy {policy} is not one of {', '.join(get_args(Policy))}")
+    if policy not in get_args(Momentary):
+        raise InvalidInput(f"policy {policy} is not one of {', '.join(get_args(Momentary))}")
     return Search(costs, objective, limits).choose(devices, policy)
 
 
@@ -70,7 +70,7 @@ class Search:
         self._known: dict[tuple[int, int], list[_Batch]] = {}
         self._rated: dict[ParallelConfig, Candidate] = {}
 
-    def choose(self, devices: int, policy: Policy) -> Choice:
+    def choose(self, devices: int, policy: Momentary) -> Choice:
         """`choose` with what this search knows already."""
         published = policy == "spotserve"
         fitting = self.spotserve(devices) if published else self.perennial(devices)

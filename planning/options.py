@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -37,12 +36,19 @@ class Option(Generic[Layout]):
 def shortlist(options: Iterable[Option[Layout]], most: int | None = None) -> list[Option[Layout]]:
     """For every number of instances the best few, of every family those that are worth their replicas.
 
-    With `most`, fewer for each number, then only those that are worth more, until there are at most so many.
+    With `most`, fewer for each number, then only those that beat every smaller one of any family, by more and
+    more, until there are at most so many.
     """
-    known = sorted(options, key=lambda one: one.instances)
+    known = sorted(options, key=lambda one: (one.instances, one.cost))
     per_count, worth = PER_COUNT, _WORTH
-    while len(kept := _worthwhile(known, per_count, worth)) > (most or len(known)):
-        per_count, worth = (per_count - 1, worth) if per_count > 1 else (1, 2 * worth)
+    kept = _worthwhile(known, per_count, worth)
+    while most is not None and len(kept) > most:
+        if per_count > 1:
+            per_count -= 1
+            kept = _worthwhile(known, per_count, worth)
+        else:
+            kept = _worthwhile([replace(one, family=None) for one in kept], 1, worth)
+            worth *= 2
     return kept
 
 
@@ -50,7 +56,7 @@ def _worthwhile(known: Sequence[Option[Layout]], per_count: int, worth: float) -
     best: dict[Hashable, float] = {}
     by_count: dict[int, list[Option[Layout]]] = defaultdict(list)
     for one in known:
-        if one.cost < best.get(one.family, inf) * (1 - worth):
+        if one.family not in best or one.cost < best[one.family] * (1 - worth):
             best[one.family] = one.cost
             by_count[one.instances].append(one)
     return [one for count in sorted(by_count) for one in sorted(by_count[count], key=lambda one: one.cost)[:per_count]]
