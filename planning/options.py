@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -47,17 +47,21 @@ def shortlist(options: Iterable[Option[Layout]], most: int | None = None) -> lis
             per_count -= 1
             kept = _worthwhile(known, per_count, worth)
         else:
-            kept = _worthwhile([replace(one, family=None) for one in kept], 1, worth)
+            kept = _worthwhile(kept, 1, worth, apart=False)
             worth *= 2
     return kept
 
 
-def _worthwhile(known: Sequence[Option[Layout]], per_count: int, worth: float) -> list[Option[Layout]]:
+def _worthwhile(
+    known: Sequence[Option[Layout]], per_count: int, worth: float, *, apart: bool = True
+) -> list[Option[Layout]]:
+    """With `apart`, layouts compete within their family; without, all with each other."""
     best: dict[Hashable, float] = {}
     by_count: dict[int, list[Option[Layout]]] = defaultdict(list)
     for one in known:
-        if one.family not in best or one.cost < best[one.family] * (1 - worth):
-            best[one.family] = one.cost
+        family = one.family if apart else None
+        if family not in best or one.cost < best[family] * (1 - worth):
+            best[family] = one.cost
             by_count[one.instances].append(one)
     return [one for count in sorted(by_count) for one in sorted(by_count[count], key=lambda one: one.cost)[:per_count]]
 
