@@ -69,6 +69,9 @@ class Move:
     prepare_s: float
     pause_s: float
 
+    def __str__(self) -> str:
+        return f"{self.moved_bytes / 1e9:.3g} GB in {self.prepare_s:.3g} s, then {self.pause_s:.3g} s of pause"
+
     def to_json(self) -> list[Any]:
         """The fields in order, configurations by their keys; `from_json` inverts it."""
         return [self.now.key, self.then.key, self.moved_bytes, self.prepare_s, self.pause_s]
@@ -93,6 +96,18 @@ class Loss:
     config: ParallelConfig | None
     estimate: Estimate | None
     move: Move | None
+
+    def words(self, before: ParallelConfig | None) -> str:
+        """One phrase: what becomes of `before`."""
+        if not self.state.instances:
+            return f"one {self.type} less: nothing is left to serve on"
+        if self.config is None or self.estimate is None:
+            return f"one {self.type} less: the model no longer fits, streams wait for capacity"
+        return (
+            f"one {self.type} less: {'stays' if before == self.config else 'becomes'} {self.config}, "
+            f"{self.estimate.latency_s:.3g} s per request, {self.estimate.throughput_rps:.3g} req/s"
+            f"{f'; {self.move}' if self.move else ''}"
+        )
 
 
 def read_estimate(value: Any) -> Estimate:

@@ -217,15 +217,15 @@ class PlanChange:
 
 
 def difference(before: PlanBook, after: PlanBook) -> tuple[PlanChange, ...]:
-    """The states whose configuration differs between two books, smallest state first."""
+    """The states in which two books choose differently, whatever runs, smallest state first."""
     old, new = ({plan.state: plan for plan in book.plans} for book in (before, after))
     states = sorted(old.keys() | new.keys(), key=lambda state: (state.instances, state.key))
     changes = (PlanChange(state, old.get(state), new.get(state)) for state in states)
     return tuple(change for change in changes if _chosen(change.before) != _chosen(change.after))
 
 
-def _chosen(plan: Plan | None) -> tuple[bool, ParallelConfig | None]:
-    return plan is not None, plan.config if plan else None
+def _chosen(plan: Plan | None) -> tuple[ParallelConfig | None, dict[ParallelConfig, ParallelConfig]] | None:
+    return (plan.config, dict(plan.transitions)) if plan else None
 
 
 def _contains(state: ClusterState, part: ClusterState) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from data.cluster import ClusterSpec, ClusterState
 from data.errors import InvalidInput
-from data.explanation import Estimate, Loss, Move
+from data.explanation import Estimate, Move
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, Plan, PlanBook
@@ -92,20 +92,4 @@ def _moves(cluster: ClusterSpec, plans: Iterable[Plan], changes: Changes, object
 
 def _fewer(book: PlanBook, plan: Plan) -> str:
     """What the loss of one instance of each type leads to."""
-    return "; ".join(f"one {loss.type} less: {_outcome(plan.config, loss)}" for loss in book.losses(plan))
-
-
-def _outcome(now: ParallelConfig | None, loss: Loss) -> str:
-    if not loss.state.instances:
-        return "nothing is left to serve on"
-    if loss.config is None or loss.estimate is None:
-        return "the model no longer fits, streams wait for capacity"
-    changed = "stays" if now == loss.config else "becomes"
-    words = (
-        f"{changed} {loss.config}, {loss.estimate.latency_s:.3g} s per request, "
-        f"{loss.estimate.throughput_rps:.3g} req/s"
-    )
-    move = loss.move
-    if move is None:
-        return words
-    return f"{words}; {move.moved_bytes / 1e9:.3g} GB in {move.prepare_s:.3g} s, then {move.pause_s:.3g} s of pause"
+    return "; ".join(loss.words(plan.config) for loss in book.losses(plan))

@@ -257,6 +257,8 @@ def test_the_difference_of_two_books() -> None:
     assert changes[0].after is None
     assert changes[2].after == changed
     assert difference(BOOK, BOOK) == ()
+    before, after = (replace(BOOK, plans=(plan,)) for plan in (journey(3), replace(journey(3), transitions=())))
+    assert [change.state.instances for change in difference(before, after)] == [3]
 
 
 def test_books_that_cannot_be() -> None:
