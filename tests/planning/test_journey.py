@@ -93,6 +93,7 @@ def test_a_layout_stays_where_changing_costs_more_than_it_brings() -> None:
         return sum(before != after for before, after in pairwise(seen[7:]))
 
     assert changes(dear) < changes(cheap)
+    assert any(now == then != plan.config for plan in dear.plans for now, then in plan.transitions)
 
 
 def test_what_a_plan_explains_itself_with() -> None:
