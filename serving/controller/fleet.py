@@ -18,6 +18,7 @@ from serving import messages as m
 from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
 from serving.controller.events import EventLog, layout_event
+from serving.controller.grace import Grace, pace_of
 from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
 from serving.controller.membership import InstanceState, Membership
@@ -99,6 +100,8 @@ class Fleet:
     def fleet_changed(self) -> None:
         """Look at the fleet again soon."""
         self._changed.set()
+        if self._current is not None and self._current.grace is not None:
+            self._current.grace.urge()
 
     def instance_joined(self, instance: InstanceState) -> None:
         """A complete instance."""
@@ -372,6 +375,7 @@ class Fleet:
             former=self._copies.former,
             tell=lambda phase: self._events.emit(f"reconfiguration_{phase}", epoch=self.epoch),
             unrestorable=self._unrestorable,
+            grace=self._grace(retired, target),
         )
         self._current, self._early, self._early_emissions = attempt, [], []
         try:
@@ -384,6 +388,17 @@ class Fleet:
         finally:
             self._current = None
         self._commit(transition, outcome, attempt, target, mode)
+
+    def _grace(self, retired: Sequence[Replica], target: ParallelConfig) -> Grace:
+        """The time that notices leave to the retired replicas, which is of use where `target` is too small."""
+        devices = [device for replica in retired for device in replica.devices]
+        plan = self.book.plan_for(self.membership.state())
+        return Grace(
+            lambda: self.membership.leaving_s(devices),
+            lambda: self.dispatcher.unfinished > target.replicas * target.max_batch,
+            pace_of(plan, self.book.objective, self._spec, self._settings.replication),
+            margin_s=self._settings.timeouts.grace_margin_s,
+        )
 
     def _after_failure(self, attempt: Reconfiguration, retired: Sequence[Replica]) -> None:
         self._forget(self._recovery.failed(attempt.stranded))
