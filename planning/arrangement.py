@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from data.errors import InvalidInput
 from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile, StaticConfig
 
 # The artifact's safety factor: slower than profiled before a preemption, faster before an acquisition.
@@ -74,6 +75,10 @@ class Pace:
     change_s: float
     move_s: float
     replay_s: float
+
+    def __post_init__(self) -> None:
+        if not self.step_s > 0 or min(self.change_s, self.move_s, self.replay_s) < 0:
+            raise InvalidInput(f"a step takes longer than no time, and nothing takes less: {self}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,9 @@ def _carried(records: Collection[Record]) -> list[Carried]:
 def pace_of(plan: Plan, objective: Objective, spec: ModelSpec, replication: Replication) -> Pace:
     """What a plan and the links promise; without a promise steps are taken to be long."""
     token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes
-    promised_s = plan.estimate.latency_s / objective.output_tokens if plan.estimate else _LONGEST_STEP_S
+    promised_s = plan.estimate.latency_s / objective.output_tokens if plan.estimate else 0.0
     return Pace(
-        step_s=min(promised_s, _LONGEST_STEP_S),
+        step_s=min(promised_s or _LONGEST_STEP_S, _LONGEST_STEP_S),
         change_s=_CHANGE_S,
         move_s=token_bytes / replication.link_bytes_per_s,
         replay_s=1 / replication.prefill_tokens_per_s,
