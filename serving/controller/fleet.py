@@ -24,9 +24,9 @@ from serving.controller.ledger import Ledger
 from serving.controller.membership import InstanceState, Membership
 from serving.controller.phases import TransitionFailed
 from serving.controller.progress import standstill
-from serving.controller.reconfiguration import Outcome, Reconfiguration
+from serving.controller.reconfiguration import Outcome, Reconfiguration, Stranded
 from serving.controller.records import Record
-from serving.controller.recovery import Recovery
+from serving.controller.recovery import Recovery, lost_with
 from serving.controller.rendezvous import Rendezvous
 from serving.settings import ServingSettings
 from serving.telemetry import Metrics
@@ -250,8 +250,8 @@ class Fleet:
         if self._current is None and not self._recovery.stranded:
             self._copies.keep(self.dispatcher.replicas.values())
 
-    def _unrestorable(self, records: Sequence[Record]) -> None:
-        self._recovery.replay(records)
+    def _unrestorable(self, records: Sequence[Record], stranded: Stranded) -> None:
+        self._recovery.replay(records, lost_with(stranded))
         self.dispatch()
 
     # -- reconfiguration --------------------------------------------------------------------------------
@@ -432,14 +432,14 @@ class Fleet:
         for replica in outcome.new:
             self.dispatcher.replicas[replica.number] = replica
         self._rehome(outcome, attempt)
-        self._recovery.replay(self.dispatcher.drop(transition.retire))
+        self._recovery.replay(self.dispatcher.drop(transition.retire), "unseated")
         self._copies.ended(transition.retire)
-        self._forget(self._recovery.settle(attempt.stranded))
+        self._forget(self._recovery.settle(attempt.stranded, tried=True))
         self.config, self._broken = target, False
         if attempt.store is not None:
             self._stores[outcome.epoch] = attempt.store
         self._close_stores()
-        layout = layout_event(outcome, list(self.dispatcher.replicas.values()), target, self._recovery.count())
+        layout = layout_event(outcome, list(self.dispatcher.replicas.values()), target, self._recovery.replayed())
         self._events.emit("layout", mode=mode, **layout)
         self._metrics.migration("move", len(outcome.heirs) - len(outcome.restored))
         self._metrics.migration("restore", len(outcome.restored))

@@ -110,7 +110,7 @@ class Reconfiguration:
     stranded: Sequence[Stranded] = ()
     former: Sequence[int] = ()
     tell: Callable[[str], None] = lambda phase: None
-    unrestorable: Callable[[Sequence[Record]], None] = lambda records: None
+    unrestorable: Callable[[Sequence[Record], Stranded], None] = lambda records, stranded: None
     grace: Grace | None = None
     new: list[Replica] = field(default_factory=list)
     world: tuple[Device, ...] = ()
@@ -239,8 +239,8 @@ class Reconfiguration:
         orders = dict.fromkeys(self.workers.connected_devices(), order)
         answers = await self._ask("survey", orders, self.settings.timeouts.pause_s)
         found = found_sources({device: answer.held for device, answer in answers.items()})
-        lost = []
         for stranded in self.stranded:
+            lost = []
             for key, record in list(stranded.records.items()):
                 sources, tokens = self._best(record, stranded.number, found.get(key, []))
                 if tokens and (self.new or self.kept) and self._worth_restoring(tokens):
@@ -251,7 +251,7 @@ class Reconfiguration:
                     held = [(str(one.device), one.replica, one.tokens) for one in found.get(key, [])]
                     logger.info("request %s is replayed; found of its KV: %s", record.request.request_id, held)
                     lost.append(stranded.records.pop(key))
-        self.unrestorable(lost)
+            self.unrestorable(lost, stranded)
 
     def _best(self, record: Record, last: int, found: Sequence[Source]) -> tuple[Sequence[Source], int]:
         """What brings back the most of a request; what its former replicas left only where it adds something.
