@@ -67,7 +67,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
     numerics: str = "auto"
     block_tokens: int = 16
-    residency: str = "shard"  # weights a device keeps: of its position, or of the whole "model"
+    # Weights a device keeps: of its position, of the whole "model", or what the "plan" has memory for beside the
+    # KV that it counts with; that is for those who give the cache no more (`kv_memory_bytes`).
+    residency: str = "shard"
     kv_blocks: int = 0  # 0: from kv_memory_bytes
     kv_memory_bytes: int = 64 << 20
     step_tokens: int = 256  # prefill + decode tokens of one step
@@ -98,8 +100,8 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _check(settings: ServingSettings) -> ServingSettings:
-    if settings.engine.residency not in ("shard", "model"):
-        raise InvalidInput(f"residency {settings.engine.residency!r} is unknown; choose shard or model")
+    if settings.engine.residency not in ("shard", "model", "plan"):
+        raise InvalidInput(f"residency {settings.engine.residency!r} is unknown; choose shard, model or plan")
     return settings
 
 

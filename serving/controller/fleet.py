@@ -10,7 +10,7 @@ from dataclasses import replace
 from data.errors import Infeasible
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
-from data.plan import PlanBook
+from data.plan import Plan, PlanBook
 from planning.preference import dependable, spare_ranks
 from planning.resharding import Box
 from planning.transition import LiveReplica, Transition, common, plan_transition, position_boxes
@@ -309,7 +309,7 @@ class Fleet:
         if self.config is None:
             return
         busy = {device for replica in self.dispatcher.replicas.values() for device in replica.devices}
-        whole = self._settings.engine.residency == "model"
+        whole = self._whole()
         config = replace(self.config, stages=1, shards=1, partition=()) if whole else self.config
         spares = [device for device in self.membership.usable_devices() if device not in busy]
         advised = self._advised_ranks() if not whole else []
@@ -328,7 +328,20 @@ class Fleet:
         return [rank for one in replicas for rank, device in enumerate(one.devices) if device in advised]
 
     def _target(self) -> ParallelConfig | None:
-        return self.book.plan_for(self.membership.state()).config
+        return self._chosen().config
+
+    def _chosen(self) -> Plan:
+        """The book's plan for who is there and what is in force; choosing again, once it runs, changes nothing."""
+        now = self.config if self.dispatcher.replicas else None
+        return self.book.plan_for(self.membership.state(), now)
+
+    def _whole(self) -> bool:
+        """Whether devices are to keep the whole model: as set, or as the plan has memory for."""
+        residency = self._settings.engine.residency
+        if residency == "plan":
+            estimate = self._chosen().estimate
+            residency = estimate.residency if estimate else "shard"
+        return residency == "model"
 
     def _plan(self, target: ParallelConfig) -> Transition | None:
         live = [
@@ -346,7 +359,7 @@ class Fleet:
                 ),
                 resident=resident,
                 element_bytes=_ELEMENT_BYTES[self._settings.engine.dtype],
-                whole=self._settings.engine.residency == "model",
+                whole=self._whole(),
             )
         except Infeasible as error:
             logger.warning("%s", error)
