@@ -24,6 +24,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     switch_s: float = 30.0  # KV transfer and activation
     collective_s: float = 20.0  # one collective operation inside a step
     retry_s: float = 0.2  # before a failed reconfiguration is tried again
+    grace_margin_s: float = 1.0  # of a notice's time that is left for the change, when the old layout decodes on
     settle_s: float = 0.05  # collect simultaneous membership changes into one reconfiguration
     controller_gone_s: float = 60.0  # agents without a controller give up after this
     orphan_s: float = 60.0  # a resumable request without a client is aborted after this

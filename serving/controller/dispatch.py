@@ -51,6 +51,11 @@ class Dispatcher:
         return len(self._queue)
 
     @property
+    def unfinished(self) -> int:
+        """Requests that wait or are with a replica."""
+        return len(self._queue) + sum(len(replica.records) for replica in self.replicas.values())
+
+    @property
     def live(self) -> list[Replica]:
         """Replicas that take requests now."""
         return [replica for replica in self.replicas.values() if replica.serving]

@@ -19,6 +19,7 @@ from planning.restoration import Rates, restorable_tokens, worth_restoring
 from planning.transition import Transition, retained
 from serving import messages as m
 from serving.controller.dispatch import Replica
+from serving.controller.grace import Grace
 from serving.controller.orders import (
     Heir,
     Source,
@@ -38,6 +39,7 @@ from serving.settings import ServingSettings
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 3  # of copying in the background
+_LOOK_S = 0.02  # between looks at whether the old layout is still needed
 _SHORT_COPY_S = 0.1  # after a copy as quick as this the rest is small
 _GROWTH_TOKENS = 64  # room kept for what a sequence adds while it is copied into a running replica
 
@@ -108,7 +110,8 @@ class Reconfiguration:
     stranded: Sequence[Stranded] = ()
     former: Sequence[int] = ()
     tell: Callable[[str], None] = lambda phase: None
-    unrestorable: Callable[[Sequence[Record]], None] = lambda records: None
+    unrestorable: Callable[[Sequence[Record], Stranded], None] = lambda records, stranded: None
+    grace: Grace | None = None
     new: list[Replica] = field(default_factory=list)
     world: tuple[Device, ...] = ()
     joined: Sequence[Replica] = ()  # running replicas that sequences are about to join
@@ -125,6 +128,7 @@ class Reconfiguration:
     _sequences: dict[int, m.Resident] = field(default_factory=dict)
     _homes: dict[int, Replica] = field(default_factory=dict)  # where a sequence goes
     _copied: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens of which life are in place
+    _left_behind: frozenset[int] = frozenset()  # are replayed: there is no time to move their KV
     _moving_s: dict[str, float] = field(default_factory=lambda: {"weights": 0.0, "kv": 0.0})  # the slowest worker's
     store: Rendezvous | None = None  # lives as long as the epoch's replicas: NCCL connects lazily
 
@@ -189,6 +193,8 @@ class Reconfiguration:
         prepared = await self._prepare()
         ready = clock()
         on_prepared(ready - started)
+        await self._decode_on()
+        held = clock()
         copied_bytes = await self._copy_while_serving()
         copied = clock()
         on_pause()
@@ -198,7 +204,7 @@ class Reconfiguration:
         sent_bytes = await self._switch(heirs)
         self._check("switch")
         ended = clock()
-        seconds = {"prepare": ready - started, "copy": copied - ready, "pause": stopped - copied}
+        seconds = {"prepare": ready - started, "hold": held - ready, "copy": copied - held, "pause": stopped - copied}
         seconds |= {"transfer": ended - stopped, "total": ended - started, **self._moving_s}
         moved = self._moved(prepared, copied_bytes, sent_bytes)
         restored, uncopied = self._reexecuted(heirs), frozenset(self._restorable.keys() - self._copied_whole)
@@ -233,8 +239,8 @@ class Reconfiguration:
         orders = dict.fromkeys(self.workers.connected_devices(), order)
         answers = await self._ask("survey", orders, self.settings.timeouts.pause_s)
         found = found_sources({device: answer.held for device, answer in answers.items()})
-        lost = []
         for stranded in self.stranded:
+            lost = []
             for key, record in list(stranded.records.items()):
                 sources, tokens = self._best(record, stranded.number, found.get(key, []))
                 if tokens and (self.new or self.kept) and self._worth_restoring(tokens):
@@ -245,7 +251,7 @@ class Reconfiguration:
                     held = [(str(one.device), one.replica, one.tokens) for one in found.get(key, [])]
                     logger.info("request %s is replayed; found of its KV: %s", record.request.request_id, held)
                     lost.append(stranded.records.pop(key))
-        self.unrestorable(lost)
+            self.unrestorable(lost, stranded)
 
     def _best(self, record: Record, last: int, found: Sequence[Source]) -> tuple[Sequence[Source], int]:
         """What brings back the most of a request; what its former replicas left only where it adds something.
@@ -304,6 +310,20 @@ class Reconfiguration:
         """Running replicas that sequences join because no new one is built for them."""
         waiting = self._records or any(one.records for one in self.retired)
         return self.kept if waiting and not self.new else ()
+
+    async def _decode_on(self) -> None:
+        """Let the old layout go on as long as its room is needed and the notice allows."""
+        if self.grace is None or self.stranded:  # broken replicas' requests wait for this change
+            return
+        if self.grace.waits(self._moving()):
+            self.tell("holding")
+        while self.grace.waits(self._moving()):
+            self._check("hold")
+            await asyncio.sleep(_LOOK_S)
+        self._left_behind = self.grace.stay_behind(self._moving())
+
+    def _moving(self) -> list[Record]:
+        return [record for replica in self.retired for record in replica.records.values()]
 
     async def _copy_while_serving(self) -> int:
         """Copy what is cached while everyone decodes, until little is left; returns the bytes sent."""
@@ -398,7 +418,7 @@ class Reconfiguration:
         """Every sequence that has a seat large enough, as it is now."""
         heirs = []
         for key in sorted(self._homes):
-            if key not in self._restorable and key not in self._sequences:
+            if key in self._left_behind or (key not in self._restorable and key not in self._sequences):
                 continue
             home, tokens = self._homes[key], self._tokens(key)
             seating = self._seating.get(home.number)
