@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from data.layout import ParallelConfig
+from data.deployment import Deployment
 from serving.controller.dispatch import Replica
 from serving.controller.reconfiguration import Outcome
 from serving.requests import Event
@@ -49,19 +49,18 @@ class EventLog:
                 await changed.wait()
 
 
-def layout_event(
-    outcome: Outcome, replicas: Sequence[Replica], config: ParallelConfig, replayed: int
-) -> dict[str, Any]:
+def layout_event(outcome: Outcome, replicas: Sequence[Replica], target: Deployment, replayed: int) -> dict[str, Any]:
     """What a layout event says: who is where, what was moved, and how `replayed` and other requests came through."""
     positions = [
         {"replica": index, "stage": rank // one.config.shards, "shard": rank % one.config.shards, "device": str(device)}
+        | ({"model": one.model} if one.model else {})
         for index, one in enumerate(replicas)
         for rank, device in enumerate(one.devices)
     ]
     restored, uncopied = outcome.restored, outcome.uncopied
     return {
         "epoch": outcome.epoch,
-        "config": str(config),
+        "config": str(target),
         "positions": positions,
         "moved": outcome.moved,
         "seconds": outcome.seconds,

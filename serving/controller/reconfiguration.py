@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -99,7 +100,7 @@ class Reconfiguration:
     epoch: int
     transition: Transition
     retired: Sequence[Replica]
-    spec: ModelSpec
+    specs: Mapping[str, ModelSpec]
     settings: ServingSettings
     workers: Workers
     number: Callable[[], int]
@@ -205,10 +206,9 @@ class Reconfiguration:
         return Outcome(self.epoch, self.new, heirs, self._residency(), restored, uncopied, moved, seconds)
 
     def _build(self) -> None:
-        config = self.transition.config
-        for planned in self.transition.new:
-            replica = Replica(self.number(), self.epoch, config, planned.devices, 0)
-            replica.kv_blocks = kv_blocks(self.spec, replica, self.settings.engine)
+        for one in self.transition.new:
+            replica = Replica(self.number(), self.epoch, one.config, one.devices, 0, one.model, one.kv_share)
+            replica.kv_blocks = kv_blocks(self.specs[one.model], replica, self.settings.engine)
             self.new.append(replica)
         self._seating = {one.number: Seating(one.kv_blocks, self.settings.engine.block_tokens) for one in self.new}
 
@@ -237,7 +237,7 @@ class Reconfiguration:
         for stranded in self.stranded:
             for key, record in list(stranded.records.items()):
                 sources, tokens = self._best(record, stranded.number, found.get(key, []))
-                if tokens and (self.new or self.kept) and self._worth_restoring(tokens):
+                if tokens and self._hosts(record.model) and self._worth_restoring(record, tokens):
                     self._sources[key], self._restorable[key] = tuple(sources), tokens
                     self._records[key] = record
                     self._copied_whole |= {key} if stranded.copied else set()
@@ -256,8 +256,12 @@ class Reconfiguration:
         own = [source for source in known if source.replica == last]
         return max(((some, self._watermark(record, some)) for some in (own, known)), key=lambda option: option[1])
 
-    def _worth_restoring(self, tokens: int) -> bool:
-        replication, spec = self.settings.replication, self.spec
+    def _hosts(self, model: str) -> bool:
+        """Whether some replica of a model will be there."""
+        return any(one.model == model for one in (*self.new, *self.kept))
+
+    def _worth_restoring(self, record: Record, tokens: int) -> bool:
+        replication, spec = self.settings.replication, self.specs[record.model]
         rates = Rates(replication.link_bytes_per_s, replication.prefill_tokens_per_s)
         return worth_restoring(
             tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes, tokens, rates
@@ -265,7 +269,7 @@ class Reconfiguration:
 
     def _watermark(self, record: Record, sources: Sequence[Source]) -> int:
         """How many tokens can be restored: never the last known one, whose logits are needed."""
-        left = restorable_tokens(self.spec, [(source.box, source.tokens) for source in sources])
+        left = restorable_tokens(self.specs[record.model], [(source.box, source.tokens) for source in sources])
         return max(0, min(left, len(record.request.prompt) + len(record.output) - 1))
 
     def _reexecuted(self, heirs: Sequence[Heir]) -> dict[int, int]:
@@ -301,9 +305,11 @@ class Reconfiguration:
         self._moving_s[what] += max((answer.transfer_s for answer in answers.values()), default=0.0)
 
     def _join(self) -> Sequence[Replica]:
-        """Running replicas that sequences join because no new one is built for them."""
-        waiting = self._records or any(one.records for one in self.retired)
-        return self.kept if waiting and not self.new else ()
+        """Running replicas that sequences join because no new one of their model is built for them."""
+        waiting = {record.model for record in self._records.values()}
+        waiting |= {one.model for one in self.retired if one.records}
+        built = {one.model for one in self.new}
+        return [one for one in self.kept if one.model in waiting - built]
 
     async def _copy_while_serving(self) -> int:
         """Copy what is cached while everyone decodes, until little is left; returns the bytes sent."""
@@ -321,28 +327,27 @@ class Reconfiguration:
                 break
         return sent
 
-    async def _snapshot(self) -> dict[int, Sequence[m.Resident]]:
+    async def _snapshot(self) -> list[m.Resident]:
         orders = {replica.leader: m.Snapshot(self.epoch, replica.number) for replica in self.retired}
         answers = await self._ask("snapshot", orders, self.settings.timeouts.pause_s)
-        return {answer.replica: answer.sequences for answer in answers.values()}
+        return [one for answer in answers.values() for one in answer.sequences]
 
     async def _pause(self) -> None:
         self.paused = True
         self.tell("paused")
         orders = {replica.leader: m.Pause(replica.number) for replica in self.retired}
         answers = await self._ask("pause", orders, self.settings.timeouts.pause_s)
-        self._take_in({answer.replica: answer.sequences for answer in answers.values()})
+        self._take_in([one for answer in answers.values() for one in answer.sequences])
 
-    def _take_in(self, residents: Mapping[int, Sequence[m.Resident]]) -> None:
+    def _take_in(self, residents: Sequence[m.Resident]) -> None:
         """Note where retired replicas' sequences are now, and seat them; who ended leaves its seat."""
-        replicas = {replica.number: replica for replica in self.retired}
+        homes = {key: replica for replica in self.retired for key in replica.records}
         self._sequences = {}
-        for number, sequences in residents.items():
-            for one in sequences:
-                record = replicas[number].records.get(one.key)
-                if record is not None:
-                    self._records[one.key], self._sequences[one.key] = record, one
-                    self._sources[one.key] = live_sources(self.spec, replicas[number], one)
+        for one in residents:
+            home = homes.get(one.key)
+            if home is not None:
+                self._records[one.key], self._sequences[one.key] = home.records[one.key], one
+                self._sources[one.key] = live_sources(self.specs[home.model], home, one)
         present = self._sequences.keys() | self._restorable.keys()
         for seating in self._seating.values():
             for key in [key for key in seating.seats if key not in present]:
@@ -353,18 +358,22 @@ class Reconfiguration:
         return self._restorable[key] if key in self._restorable else self._sequences[key].cached_tokens
 
     def _most_tokens(self, key: int) -> int:
-        request = self._records[key].request
-        return min(len(request.prompt) + request.limits.max_tokens, self.spec.max_positions)
+        record = self._records[key]
+        most = len(record.request.prompt) + record.request.limits.max_tokens
+        return min(most, self.specs[record.model].max_positions)
 
     def _seat(self) -> None:
         """Give every sequence blocks in a new replica: its heir, but no heir more than its share."""
         keys = sorted(self._restorable.keys() | self._sequences.keys())
         if not self.new or not keys:
             return
-        share = -(-len(keys) // len(self.new))
+        wanting = Counter(self._records[key].model for key in keys)
+        there = Counter(one.model for one in self.new)
         for key in keys:
-            home = self._homes.get(key)
-            options = [home] if home is not None else sorted(self.new, key=lambda one: self._rank(key, one, share))
+            model, home = self._records[key].model, self._homes.get(key)
+            share = -(-wanting[model] // max(1, there[model]))
+            fitting = [one for one in self.new if one.model == model]
+            options = [home] if home is not None else sorted(fitting, key=lambda one: self._rank(key, one, share))
             for replica in options:
                 if self._seating[replica.number].fit(key, self._tokens(key), self._most_tokens(key)):
                     self._homes[key] = replica
@@ -379,20 +388,21 @@ class Reconfiguration:
         """Ask running replicas for room, the emptiest first, for sequences that have none yet."""
         if not self.joined:
             return
-        wanted: dict[int, list[m.Wanted]] = {one.number: [] for one in self.joined}
-        loads = {one.number: len(one.records) for one in self.joined}
+        wanted: dict[Device, list[m.Wanted]] = defaultdict(list)
         by_number = {one.number: one for one in self.joined}
+        loads = {one.number: len(one.records) for one in self.joined}
         for key in sorted(self._restorable.keys() | self._sequences.keys()):
-            if key not in self._homes:
-                number = min(loads, key=lambda one: (loads[one], one))
-                loads[number] += 1
-                wanted[number].append(m.Wanted(key, self._tokens(key) + _GROWTH_TOKENS))
-        orders = {by_number[n].leader: m.Reserve(self.epoch, n, keys) for n, keys in wanted.items() if keys}
+            fitting = [one for one in self.joined if one.model == self._records[key].model]
+            if key not in self._homes and fitting:
+                home = min(fitting, key=lambda one: (loads[one.number], one.number))
+                loads[home.number] += 1
+                wanted[home.leader].append(m.Wanted(key, home.number, self._tokens(key) + _GROWTH_TOKENS))
+        orders = {leader: m.Reserve(self.epoch, some) for leader, some in wanted.items()}
         answers = await self._ask("reserve", orders, self.settings.timeouts.pause_s)
         for answer in answers.values():
-            seats = self._reserved.setdefault(answer.replica, {})
             for seat in answer.seats:
-                seats[seat.key], self._homes[seat.key] = seat.blocks, by_number[answer.replica]
+                self._reserved.setdefault(seat.replica, {})[seat.key] = seat.blocks
+                self._homes[seat.key] = by_number[seat.replica]
 
     def _heirs(self) -> list[Heir]:
         """Every sequence that has a seat large enough, as it is now."""
@@ -416,7 +426,7 @@ class Reconfiguration:
         return {key: tokens for key, (tokens, life) in copied.items() if life == self._life(key)}
 
     async def _copy(self, heirs: Sequence[Heir]) -> int:
-        sends, receives = kv_pieces(self.spec, heirs, self._starts(heirs))
+        sends, receives = kv_pieces(self.specs, heirs, self._starts(heirs))
         involved = sorted({*sends, *receives})
         orders = {one: m.Copy(self.epoch, sends.get(one, []), receives.get(one, [])) for one in involved}
         answers = await self._ask("copy", orders, self.settings.timeouts.prepare_s)
@@ -432,9 +442,10 @@ class Reconfiguration:
         retire = [replica.number for replica in self.retired]
         adoptions: dict[Device, list[m.Adoption]] = {}
         for heir in heirs:
-            adoption = m.Adoption(self._records[heir.key].assignment(now), heir.tokens, list(heir.blocks))
+            assignment = self._records[heir.key].assignment(now)
+            adoption = m.Adoption(heir.target.number, assignment, heir.tokens, list(heir.blocks))
             adoptions.setdefault(heir.target.leader, []).append(adoption)
-        sends, receives = kv_pieces(self.spec, heirs, self._starts(heirs))
+        sends, receives = kv_pieces(self.specs, heirs, self._starts(heirs))
         orders = {
             device: m.Switch(
                 self.epoch, sends.get(device, []), receives.get(device, []), adoptions.get(device, []), retire

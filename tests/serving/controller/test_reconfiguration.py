@@ -130,8 +130,8 @@ async def opened(
     settings = ServingSettings(checkpoint="", journal="", token="t", timeouts=timeouts, expected_instances=expected)
     book = plan_book(spec, {1: (1, 1, 1), 2: (1, 2, 1)})
     journal, events = Journal(str(path / "journal")), EventLog()
-    ledger = Ledger(journal, tokenizer, Metrics(), finished_kept=10)
-    fleet = Fleet(settings, spec, book, journal=journal, ledger=ledger, events=events, metrics=Metrics())
+    ledger = Ledger(journal, {"": tokenizer}, Metrics(), finished_kept=10)
+    fleet = Fleet(settings, {"": spec}, book, journal=journal, ledger=ledger, events=events, metrics=Metrics())
     scene = Scene(fleet, await fleet.start(), ledger, events)
     try:
         yield scene
@@ -262,7 +262,8 @@ async def test_spares_get_ready_for_the_position_of_an_advised_instance(
     async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
         await scene.add("a", "b")
         await scene.layout("a", "b")
-        two = scene.fleet.config
+        assert scene.fleet.target is not None
+        two = scene.fleet.target.uniform
         assert two is not None
         scene.fleet.book = replace(
             scene.fleet.book, plans=tuple(one for one in scene.fleet.book.plans if one.state.instances == 2)
