@@ -13,7 +13,7 @@ from data.deployment import Hosted, SharedGroup
 from perennial.scenario import Shape, scenario
 from perennial.testing import collect, compare, fleet, given_groups, reference_streams
 from serving.engine.checkpoint import create_checkpoint
-from serving.errors import InvalidInput, NotFound
+from serving.errors import InvalidInput, NotFound, Unavailable
 from serving.requests import GenerationRequest
 
 SHAPE = Shape(requests=6, prompt_tokens=(4, 40), output_tokens=(100, 140))
@@ -70,6 +70,25 @@ async def test_two_models_share_a_group_through_changes_and_a_kill(models: Model
         compare(models.expected[one.request_id], got) for one, got in zip(models.requests, delivered, strict=True)
     ]
     assert not any(differences)
+
+
+async def test_a_model_without_a_place_waits_for_one_over_a_restart_of_the_controller(models: Models) -> None:
+    plan = given_groups(models.checkpoints, {1: [SharedGroup(1, 1, (Hosted("b", 8),))], 2: [both(2, 1)]})
+    async with fleet(models.checkpoints, instances=2, plan=plan) as service, service.client() as client:
+        streams = [asyncio.create_task(collect(client, request)) for request in models.requests]
+        await asyncio.sleep(0.3)
+        await service.notice("i0", 10.0)
+        await service.wait_event(lambda event: event.kind == "instance_dismissed")
+        async with service.client(give_up_s=0.5) as hasty:
+            with pytest.raises(Unavailable, match="no place for 'small/a'"):
+                await hasty.generate([5, 6, 7], model="small/a")
+        await service.kill_controller()
+        await service.restart_controller()
+        await service.add(1)
+        async with asyncio.timeout(60):
+            delivered = await asyncio.gather(*streams)
+    expected = [models.expected[request.request_id] for request in models.requests]
+    assert not any(compare(want, got) for want, got in zip(expected, delivered, strict=True))
 
 
 @pytest.mark.slow
