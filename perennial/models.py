@@ -46,19 +46,15 @@ def given_groups(
 ) -> SharedPlanBook:
     """A plan book of several models that was not searched but told: groups by number of instances.
 
-    States without an entry run nothing.
+    A state in between has the groups of the largest one within it that was given.
     """
     from serving.engine.weights import read_spec
 
     specs = tuple(replace(read_spec(str(path)), name=name) for name, path in checkpoints.items())
     kind = InstanceType(instance_type, devices_per_instance, "cpu", 1 << 30, 1e9, 1e10, 0.0, 0.0)
     plans = [
-        SharedPlan(
-            ClusterState.of({instance_type: count}),
-            Deployment(tuple(groups[count])) if count in groups else None,
-            "given" if count in groups else "no groups were given for this state",
-        )
-        for count in range(max(groups) + 1)
+        SharedPlan(ClusterState.of({instance_type: count}), Deployment(tuple(groups[count])), "given")
+        for count in sorted(groups)
     ]
     return SharedPlanBook(specs, ClusterSpec("given", (kind,), (max(groups),)), "given", tuple(plans), tuple(speeds))
 

@@ -53,7 +53,7 @@ def plan_groups(
     book = read_groups(groups, named)
     out.write_bytes(book.to_bytes())
     for plan in book.plans:
-        Console().print(f"{plan.state.key}: {plan.deployment or plan.reason}", markup=False)
+        Console().print(f"{plan.state.key}: {plan.deployment}", markup=False)
 
 
 def profile(

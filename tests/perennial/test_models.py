@@ -54,13 +54,8 @@ def test_what_is_not_told_is_shared_equally(home: Path) -> None:
     chosen = {plan.state: plan.deployment for plan in book.plans}
     pair = SharedGroup(1, 1, (Hosted("a", 8, 0.5), Hosted("b", 8, 0.5)))
     line = SharedGroup(2, 1, (Hosted("b", 4, 1.0, (1, 1)),))
-    assert list(chosen.values()) == [
-        None,
-        Deployment((pair,)),
-        None,
-        Deployment((SharedGroup(1, 1, (Hosted("a", 8),)), line)),
-    ]
-    assert book.plan_for(ClusterState.of({"local-cpu": 1})).deployment == Deployment((pair,))
+    assert list(chosen.values()) == [Deployment((pair,)), Deployment((SharedGroup(1, 1, (Hosted("a", 8),)), line))]
+    assert book.plan_for(ClusterState.of({"local-cpu": 2})).deployment == Deployment((pair,))
 
 
 @pytest.mark.parametrize(
