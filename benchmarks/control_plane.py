@@ -22,9 +22,10 @@ from typing import Any
 import psutil
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
+from data.explanation import Estimate
 from data.layout import ParallelConfig
 from data.models import ModelSpec
-from data.plan import Estimate, Objective, Plan, PlanBook
+from data.plan import Objective, Plan, PlanBook
 from profiling.fingerprint import this_machine
 from serving import settings
 from serving.api.client import Client

@@ -94,6 +94,15 @@ class ClusterSpec:
             raise InvalidInput(f"cluster {self.name} has no instance type {unknown[0]}; it has {', '.join(sizes)}")
         return sum(sizes[name] * count for name, count in state.counts)
 
+    def price_usd_h(self, state: ClusterState, devices: int | None = None) -> float:
+        """Spot dollars per hour of the instances of a state, or of the cheapest of them that have so many `devices`."""
+        counts, price_usd_h = dict(state.counts), 0.0
+        left = self.devices(state) if devices is None else devices
+        for kind in sorted(self.types, key=lambda kind: kind.price_spot_usd_h / kind.devices):
+            taken = min(counts.get(kind.name, 0), -(-max(left, 0) // kind.devices))
+            price_usd_h, left = price_usd_h + taken * kind.price_spot_usd_h, left - taken * kind.devices
+        return price_usd_h
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_json` inverts it."""
         types = [{field: getattr(kind, field) for field in kind.__dataclass_fields__} for kind in self.types]

@@ -126,6 +126,10 @@ class Deployment:
         """Names of all models that some group hosts."""
         return tuple(sorted({model for group in self.groups for model in group.models}))
 
+    def batch(self, model: str) -> int:
+        """How many requests of a model run at once."""
+        return sum(one.max_batch for group in self.groups for one in group.hosted if one.model == model)
+
     @property
     def uniform(self) -> ParallelConfig | None:
         """The configuration of a fleet of one model in equal groups; None for any other."""

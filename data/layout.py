@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from data.errors import InvalidInput
+
+_KEY = re.compile(r"D(\d+)·P(\d+)·T(\d+)·B(\d+)(?:·L(\d+(?:\+\d+)*))?")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,6 +55,21 @@ class ParallelConfig:
         return f"D{self.replicas}·P{self.stages}·T{self.shards}·B{self.max_batch}"
 
     @property
+    def key(self) -> str:
+        """Text form that says everything, such as `D2·P3·T1·B8` or, with a partition, `D2·P3·T1·B8·L4+4+3`."""
+        return f"{self}·L{'+'.join(map(str, self.partition))}" if self.partition else str(self)
+
+    @classmethod
+    def from_key(cls, key: str) -> ParallelConfig:
+        """Inverse of `key`. Raises `InvalidInput`."""
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise InvalidInput(f"{key!r} is not a parallel configuration; write one like D2·P3·T1·B8")
+        *degrees, layers = found.groups()
+        replicas, stages, shards, max_batch = map(int, degrees)
+        return cls(replicas, stages, shards, max_batch, tuple(map(int, layers.split("+"))) if layers else ())
+
+    @property
     def devices(self) -> int:
         """Devices the whole configuration takes."""
         return self.replicas * self.stages * self.shards
@@ -70,12 +88,13 @@ class ParallelConfig:
         """Half-open range of decoder layers that `stage` computes in a model of `layers` layers."""
         if not 0 <= stage < self.stages <= layers:
             raise InvalidInput(f"stage {stage} of {self.stages} does not exist in a model of {layers} layers")
-        sizes = self.partition or tuple(
-            layers // self.stages + (index < layers % self.stages) for index in range(self.stages)
-        )
-        if sum(sizes) != layers:
-            raise InvalidInput(f"partition {sizes} does not add up to {layers} layers")
-        return sum(sizes[:stage]), sum(sizes[: stage + 1])
+        if not self.partition:
+            each, more = divmod(layers, self.stages)
+            start = stage * each + min(stage, more)
+            return start, start + each + (stage < more)
+        if sum(self.partition) != layers:
+            raise InvalidInput(f"partition {self.partition} does not add up to {layers} layers")
+        return sum(self.partition[:stage]), sum(self.partition[: stage + 1])
 
     def positions(self) -> Iterator[Position]:
         """Every position, replica by replica, stage by stage, shard by shard."""

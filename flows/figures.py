@@ -14,11 +14,14 @@ from data.profile import Profile
 from flows.summary import curve
 
 _SIZE_INCHES = (7.0, 4.0)
+_MOST_LABELS = 40
 
 
 def figures(book: PlanBook, profile: Profile | None) -> dict[str, Figure]:
-    """File name → figure: latency and throughput by instances, the frontier, and the step times."""
+    """File name → figure: latency and throughput by instances, the frontier, what follows what, and the step times."""
     made = {"curve.png": _curve(book), "frontier.png": _frontier(book)}
+    if any(plan.transitions for plan in book.plans):
+        made["transitions.png"] = _transitions(book)
     if profile is not None:
         made["steps.png"] = _steps(profile)
     return made
@@ -63,6 +66,22 @@ def _frontier(book: PlanBook) -> Figure:
     _label(axes, "Candidates by state (star: chosen)", "requests/s", "latency, s")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
+    return figure
+
+
+def _transitions(book: PlanBook) -> Figure:
+    """What runs on so many instances (colour) while another layout is in force (row)."""
+    figure, axes = _figure(1)
+    plans = curve(book)
+    layouts = list(dict.fromkeys(move.now for move in book.moves))
+    chosen = [[plan.given(now).config for plan in plans] for now in layouts]
+    numbers = [[layouts.index(one) if one in layouts else -1 for one in row] for row in chosen]
+    axes.imshow(numbers, cmap="nipy_spectral", aspect="auto", interpolation="nearest")
+    _label(axes, "What runs next, by what runs (colour)", "instances", "in force")
+    axes.set_xticks(range(len(plans)), [str(plan.state.instances) for plan in plans], fontsize="x-small")
+    if len(layouts) <= _MOST_LABELS:
+        axes.set_yticks(range(len(layouts)), [str(one) for one in layouts], fontsize="xx-small")
+    axes.grid(visible=False)
     return figure
 
 

@@ -4,6 +4,7 @@
 
 import subprocess
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +14,7 @@ from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
 from pydantic import BaseModel, Field
 
+from data.availability import read_availability
 from data.canonical import checksum
 from data.cluster import ClusterSpec
 from data.errors import InvalidInput
@@ -22,9 +24,10 @@ from flows.profile import ProfileRequest, profile
 from flows.publish import Published, publish
 from flows.registry import CHAMPION, Registry, Release
 from flows.summary import FitError, frontier_rows, summary_markdown
-from planning.book import build_book
-from planning.configs import Policy
+from planning.availability import fit
+from planning.book import Policy, build_book
 from planning.costs import CostModel, holdout_error
+from planning.journey import Outlook
 
 _ROOT = Path(__file__).resolve().parent.parent
 _GIT_S = 2.0
@@ -34,8 +37,10 @@ class PlanRequest(BaseModel):
     """What to plan for. `profile` is a folder; without one, `measure` says what to measure first.
 
     `cluster` is a `ClusterSpec` as JSON, `allowed` the (stages, shards) to choose from (None: all),
-    `tokens_per_request` what KV space is sized for (None: the reference request). With `promote` the
-    new version becomes champion.
+    `tokens_per_request` what KV space is sized for (None: the reference request). For the policy `journey`,
+    `availability` is a file with a trace to fit how instances come and go (empty: `planning.journey.mild`), and
+    `waiting_usd_h` what an hour of a request's waiting is worth beside rent. With `promote` the new version
+    becomes champion.
     """
 
     cluster: dict[str, Any]
@@ -48,6 +53,8 @@ class PlanRequest(BaseModel):
     output_tokens: int = 64
     slo_s: float | None = None
     policy: Policy = "perennial"
+    availability: str = ""
+    waiting_usd_h: float = 20.0
     most_batch: int = 8
     allowed: list[tuple[int, int]] | None = None
     tokens_per_request: int | None = None
@@ -104,8 +111,8 @@ def plan(request: PlanRequest) -> PlanResult:
 
 
 def search_key(measured: Profile, request: PlanRequest) -> str:
-    """What a search's result is known by: the measurements, the fleet, the objective, the settings."""
-    return checksum([SCHEMA_VERSION, measured.sha256, request.search_settings()])
+    """What a search's result is known by: the measurements, the fleet, the objective, the settings, the trace."""
+    return checksum([SCHEMA_VERSION, measured.sha256, request.search_settings(), _trace_sha256(request.availability)])
 
 
 def build(measured: Profile, request: PlanRequest) -> PlanBook:
@@ -122,7 +129,16 @@ def build(measured: Profile, request: PlanRequest) -> PlanBook:
         allowed=request.allowed,
         tokens_per_request=request.tokens_per_request,
         arrival_cv=request.arrival_cv,
+        outlook=outlook(request),
     )
+
+
+def outlook(request: PlanRequest) -> Outlook:
+    """What a journey counts on. Raises `InvalidInput` or `CorruptData` for a trace that says too little."""
+    if not request.availability:
+        return Outlook(waiting_usd_h=request.waiting_usd_h)
+    traces = read_availability(request.availability)
+    return Outlook(fit(list(traces.values())), waiting_usd_h=request.waiting_usd_h)
 
 
 def write_book(book: PlanBook, folder: Path) -> Path:
@@ -175,6 +191,15 @@ def publish_plan(folder: str, content: str, error: FitError, request: PlanReques
         if held.sha256 == release.book.sha256 and (CHAMPION in held.aliases or not request.promote):
             return Published(held.name, held.version, held.sha256, held.aliases)
     return publish(registry, release, CHAMPION if request.promote else None)
+
+
+def _trace_sha256(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        return sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InvalidInput(f"the availability trace {path} cannot be read: {error.strerror}") from error
 
 
 def _measured(request: PlanRequest) -> str:

@@ -18,7 +18,7 @@ from data.errors import InvalidInput
 from data.plan import PlanBook, PlanChange, difference
 from data.profile import Profile
 from flows.figures import figures
-from flows.summary import FitError, curve_metrics, frontier_table, summary_markdown
+from flows.summary import FitError, curve_metrics, frontier_table, summary_markdown, transition_table
 from serving.controller.plans import SHA256_TAG, RegistryReader, quiet_mlflow
 from serving.errors import NotFound
 
@@ -264,6 +264,7 @@ def _write_artifacts(folder: Path, release: Release, pictures: Mapping[str, Figu
     (folder / "plan.json").write_bytes(release.book.to_bytes())
     (folder / "report.md").write_text(summary_markdown(release.book, release.error), encoding="utf-8")
     parquet.write_table(frontier_table(release.book), folder / "frontier.parquet")
+    parquet.write_table(transition_table(release.book), folder / "transitions.parquet")
     (folder / "plots").mkdir()
     for name, figure in pictures.items():
         figure.savefig(folder / "plots" / name)

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
+from data.explanation import Estimate
 from data.layout import ParallelConfig
 from data.models import ModelSpec
-from data.plan import Estimate, Objective, Plan, PlanBook
+from data.plan import Objective, Plan, PlanBook
 from data.shared_plan import SharedPlanBook
 from perennial.comparison import Difference, agreement, compare, indexed
 from perennial.fleet import Fleet, Instance, StartFailed, with_ports

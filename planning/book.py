@@ -1,14 +1,25 @@
-"""The plan book: the configuration search run for every state that the fleet can be in."""
+"""The plan book: what to run in every state that the fleet can be in, by one of four policies."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from itertools import pairwise
+from typing import Literal, get_args
 
 from data.cluster import ClusterSpec, ClusterState
+from data.errors import InvalidInput
+from data.explanation import Estimate, Move
+from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, Plan, PlanBook
-from planning.configs import Choice, Limits, Policy, choose
+from planning.changes import Changes
+from planning.configs import Limits, Momentary, Search
 from planning.costs import CostModel
+from planning.journey import Outlook, plan_journey
+
+Policy = Literal["perennial", "spotserve", "hysteresis", "journey"]
 
 
 def build_book(
@@ -23,42 +34,62 @@ def build_book(
     allowed: Collection[tuple[int, int]] | None = None,
     tokens_per_request: int | None = None,
     arrival_cv: float = 1.0,
+    outlook: Outlook | None = None,
 ) -> PlanBook:
     """A plan for every state with at least one instance.
+
+    `perennial` and `spotserve` choose the best configuration of each state for itself (`planning.configs`).
+    `journey` chooses by state and layout in force for the least average cost over the `outlook`, `hysteresis`
+    keeps a layout until another is 5 % better; both need a fleet of one instance type.
 
     A device may use the memory of the smallest type present: lower `memory_bytes` of the instance
     type to make a model spread over more devices, or give the `(stages, shards)` that are `allowed`.
     """
-    choices: dict[ClusterState, Choice] = {}
+    if policy not in get_args(Policy):
+        raise InvalidInput(f"policy {policy} is not one of {', '.join(get_args(Policy))}")
+    outlook = outlook or Outlook()
+
+    def search(memory_bytes: int) -> Search:
+        return Search(costs, objective, Limits(memory_bytes, most_batch, allowed, tokens_per_request, arrival_cv))
+
+    book = PlanBook(spec, cluster, objective, policy, profile_sha256, ())
+    changes = Changes(costs, cluster.types[0], objective, outlook.charges)
+    if policy == "journey" or policy == "hysteresis":
+        found = plan_journey(search(cluster.types[0].memory_bytes), changes, cluster, objective, outlook, policy)
+        book = replace(book, plans=found.plans, moves=found.moves, assumptions=found.assumptions)
+    else:
+        plans = tuple(_momentary(cluster, policy, cache(search)))
+        book = replace(book, plans=plans, moves=tuple(_moves(cluster, plans, changes, objective)))
+    return replace(book, plans=tuple(replace(plan, fewer=_fewer(book, plan)) for plan in book.plans))
+
+
+def _momentary(cluster: ClusterSpec, policy: Momentary, search: Callable[[int], Search]) -> Iterator[Plan]:
+    """Each state for itself."""
     for state in cluster.states():
         if state.counts:
-            memory = min(kind.memory_bytes for kind in cluster.types if kind.name in dict(state.counts))
-            limits = Limits(memory, most_batch, allowed, tokens_per_request, arrival_cv)
-            choices[state] = choose(costs, cluster.devices(state), objective, limits, policy)
-    plans = tuple(
-        Plan(state, choice.config, choice.estimate, choice.reason, choice.frontier, _fewer(state, choices))
-        for state, choice in choices.items()
-    )
-    return PlanBook(spec, cluster, objective, policy, profile_sha256, plans)
+            memory_bytes = min(kind.memory_bytes for kind in cluster.types if kind.name in dict(state.counts))
+            choice = search(memory_bytes).choose(cluster.devices(state), policy)
+            priced = partial(_priced, cluster, state)
+            frontier = tuple(replace(one, estimate=priced(one.config, one.estimate)) for one in choice.frontier)
+            estimate = priced(choice.config, choice.estimate) if choice.config and choice.estimate else None
+            yield Plan(state, choice.config, estimate, choice.reason, frontier)
 
 
-def _fewer(state: ClusterState, choices: Mapping[ClusterState, Choice]) -> str:
+def _priced(cluster: ClusterSpec, state: ClusterState, config: ParallelConfig, estimate: Estimate) -> Estimate:
+    return replace(estimate, price_usd_h=cluster.price_usd_h(state, config.devices))
+
+
+def _moves(cluster: ClusterSpec, plans: Iterable[Plan], changes: Changes, objective: Objective) -> Iterator[Move]:
+    """Between the configurations of neighbouring states; for fleets of several types nothing is predicted."""
+    if len(cluster.types) == 1:
+        chosen = [plan for plan in plans if plan.config is not None]
+        pairs = {(a.config, b.config): a for one, other in pairwise(chosen) for a, b in ((one, other), (other, one))}
+        for (now, then), plan in pairs.items():
+            if now and then and plan.estimate and now != then:
+                room = now.replicas * now.max_batch
+                yield changes.between(now, then, min(objective.required_rps * plan.estimate.latency_s, room))
+
+
+def _fewer(book: PlanBook, plan: Plan) -> str:
     """What the loss of one instance of each type leads to."""
-    counts = dict(state.counts)
-    sentences = []
-    for name, count in state.counts:
-        smaller = choices.get(ClusterState.of({**counts, name: count - 1}))
-        sentences.append(f"one {name} less: {_outcome(choices[state], smaller)}")
-    return "; ".join(sentences)
-
-
-def _outcome(now: Choice, then: Choice | None) -> str:
-    if then is None:
-        return "nothing is left to serve on"
-    if then.config is None or then.estimate is None:
-        return "the model no longer fits, streams wait for capacity"
-    changed = "stays" if now.config == then.config else "becomes"
-    return (
-        f"{changed} {then.config}, {then.estimate.latency_s:.3g} s per request, "
-        f"{then.estimate.throughput_rps:.3g} req/s"
-    )
+    return "; ".join(loss.words(plan.config) for loss in book.losses(plan))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal, get_args
 
 from data.errors import InvalidInput
+from data.explanation import Candidate, Estimate
 from data.layout import ParallelConfig
-from data.plan import Candidate, Estimate, Objective
+from data.plan import Objective
 from planning.costs import CostModel
-from planning.queueing import waiting_s
+from planning.queueing import late_share, waiting_s
 from planning.static_batch import first_best
 
-Policy = Literal["perennial", "spotserve"]
+Momentary = Literal["perennial", "spotserve"]
 
 _FRONTIER = 12
 
@@ -44,7 +45,7 @@ class Choice:
     frontier: tuple[Candidate, ...] = ()
 
 
-def choose(costs: CostModel, devices: int, objective: Objective, limits: Limits, policy: Policy) -> Choice:
+def choose(costs: CostModel, devices: int, objective: Objective, limits: Limits, policy: Momentary) -> Choice:
     """The best configuration for at most `devices` devices.
 
     `perennial`: any stages and shards; the smallest predicted latency including queueing among
@@ -53,44 +54,72 @@ def choose(costs: CostModel, devices: int, objective: Objective, limits: Limits,
     (ASPLOS'24) on this cost model: stages divide the layers, shards and batches are powers of two,
     all devices are used, the first of equals wins.
     """
-    if policy not in get_args(Policy):
-        raise InvalidInput(f"policy {policy} is not one of {', '.join(get_args(Policy))}")
-    search = _Search(costs, objective, limits)
-    fitting = search.spotserve(devices) if policy == "spotserve" else search.perennial(devices)
-    if not fitting:
-        return Choice(None, None, search.explain_misfit(devices))
-    best, met = _published_best(fitting, objective) if policy == "spotserve" else _best(fitting, objective)
-    reason = _reason(best, met, fitting, objective, devices)
-    return Choice(best.config, best.estimate, reason, _frontier(best, fitting))
+    if policy not in get_args(Momentary):
+        raise InvalidInput(f"policy {policy} is not one of {', '.join(get_args(Momentary))}")
+    return Search(costs, objective, limits).choose(devices, policy)
 
 
-class _Search:
-    """Evaluates configurations, each (stages, shards) shape once."""
+class Search:
+    """Evaluates configurations, each (stages, shards) shape and each configuration once."""
 
     def __init__(self, costs: CostModel, objective: Objective, limits: Limits) -> None:
         self._costs = costs
         self._objective = objective
         self._limits = limits
         self._tokens = limits.tokens_per_request or objective.input_tokens + objective.output_tokens
+        self._known: dict[tuple[int, int], list[_Batch]] = {}
+        self._rated: dict[ParallelConfig, Candidate] = {}
+
+    def choose(self, devices: int, policy: Momentary) -> Choice:
+        """`choose` with what this search knows already."""
+        published = policy == "spotserve"
+        fitting = self.spotserve(devices) if published else self.perennial(devices)
+        if not fitting:
+            return Choice(None, None, self.explain_misfit(devices))
+        best, met = _published_best(fitting, self._objective) if published else _best(fitting, self._objective)
+        reason = _reason(best, met, fitting, self._objective, devices)
+        frontier = tuple(replace(one, estimate=self._with_residency(one)) for one in _frontier(best, fitting))
+        return Choice(best.config, self._with_residency(best), reason, frontier)
 
     def perennial(self, devices: int) -> list[Candidate]:
         """Every configuration that fits, with its latency at the required rate."""
         return [
-            self._at_rate(ParallelConfig(replicas, stages, shards, batch), memory, table)
+            self._at_rate(ParallelConfig(replicas, stages, shards, one.requests), one)
             for stages, shards in self._shapes(devices)
-            for batch, memory, table in self._batches(stages, shards)
+            for one in self._batches(stages, shards)
             for replicas in range(1, devices // (stages * shards) + 1)
         ]
+
+    def largest_batches(self, devices: int) -> list[Candidate]:
+        """As `perennial`, of each shape with the largest batch limit that fits alone."""
+        return [
+            replace(one, estimate=self._with_residency(one))
+            for stages, shards in self._shapes(devices)
+            for batch in self._batches(stages, shards)[-1:]
+            for replicas in range(1, devices // (stages * shards) + 1)
+            for one in [self._at_rate(ParallelConfig(replicas, stages, shards, batch.requests), batch)]
+        ]
+
+    def late_share(self, config: ParallelConfig) -> float:
+        """Share of the requests that miss the objective's limit, while the rate is sustained; 0 without a limit."""
+        wanted, table = self._objective, self._batches(config.stages, config.shards)[-1].latency_s
+        if wanted.slo_s is None:
+            return 0.0
+        service_s, servers = self._settled_s(config, table), config.replicas * config.max_batch
+        cv = self._limits.arrival_cv
+        left_s = wanted.slo_s - service_s
+        return late_share(wanted.required_rps, table[config.max_batch], servers, left_s, arrival_cv=cv)
 
     def spotserve(self, devices: int) -> list[Candidate]:
         """Configurations in the published order of enumeration, with the latency of a full batch."""
         shapes = [(p, t) for p, t in self._shapes(devices) if self._costs.spec.layers % p == 0 and not t & (t - 1)]
         found = []
         for stages, shards in sorted(shapes, key=lambda shape: (shape[1], shape[0])):
-            for batch, memory, table in self._batches(stages, shards):
-                config = ParallelConfig(devices // (stages * shards), stages, shards, batch)
-                throughput = config.replicas * batch / table[batch]
-                found.append(Candidate(config, Estimate(table[batch], throughput, memory)))
+            for one in self._batches(stages, shards):
+                config = ParallelConfig(devices // (stages * shards), stages, shards, one.requests)
+                latency_s = one.latency_s[one.requests]
+                throughput = config.replicas * one.requests / latency_s
+                found.append(Candidate(config, Estimate(latency_s, throughput, one.memory_bytes)))
         return sorted(found, key=lambda one: (one.config.shards, one.config.max_batch, one.config.stages))
 
     def explain_misfit(self, devices: int) -> str:
@@ -111,18 +140,15 @@ class _Search:
                 if self._limits.allowed is None or (stages, shards) in self._limits.allowed:
                     yield stages, shards
 
-    def _batches(self, stages: int, shards: int) -> Iterator[tuple[int, int, dict[int, float]]]:
-        """Batch limits (powers of two) that fit, with their memory and the latency by requests in service."""
-        fitting = []
-        batch = 1
-        while batch <= self._limits.most_batch:
-            memory = self._memory(stages, shards, batch)
-            if memory <= self._limits.memory_bytes:
-                fitting.append((batch, memory))
-            batch *= 2
-        if fitting:
-            table = self._latencies(stages, shards, fitting[-1][0])
-            yield from ((batch, memory, table) for batch, memory in fitting)
+    def _batches(self, stages: int, shards: int) -> list[_Batch]:
+        """Batch limits (powers of two) that fit, smallest first."""
+        if (stages, shards) not in self._known:
+            sizes = [1 << power for power in range(self._limits.most_batch.bit_length())]
+            memory = {size: self._memory(stages, shards, size) for size in sizes}
+            fitting = [size for size in sizes if memory[size] <= self._limits.memory_bytes]
+            table = self._latencies(stages, shards, fitting[-1]) if fitting else {}
+            self._known[stages, shards] = [_Batch(size, memory[size], table) for size in fitting]
+        return self._known[stages, shards]
 
     def _memory(self, stages: int, shards: int, batch: int) -> int:
         return self._costs.memory_bytes(ParallelConfig(1, stages, shards, batch), self._tokens)
@@ -135,14 +161,35 @@ class _Search:
             for batch in _occupancies(most)
         }
 
-    def _at_rate(self, config: ParallelConfig, memory: int, table: dict[int, float]) -> Candidate:
+    def _at_rate(self, config: ParallelConfig, batch: _Batch) -> Candidate:
         """Latency at the occupancy that the required rate settles at, plus the wait for a place in a batch."""
+        if config not in self._rated:
+            rate, service_s = self._objective.required_rps, batch.latency_s[batch.requests]
+            servers = config.replicas * batch.requests
+            wait_s = waiting_s(rate, service_s, servers, arrival_cv=self._limits.arrival_cv)
+            latency_s = self._settled_s(config, batch.latency_s) + (wait_s if wait_s < inf else 0.0)
+            self._rated[config] = Candidate(config, Estimate(latency_s, servers / service_s, batch.memory_bytes))
+        return self._rated[config]
+
+    def _settled_s(self, config: ParallelConfig, table: Mapping[int, float]) -> float:
+        """Seconds in service where as many requests are in service as the required rate brings there."""
         rate, full = self._objective.required_rps, config.max_batch
-        capacity = config.replicas * full / table[full]
         settled = (batch for batch in table if batch <= full and config.replicas * batch / table[batch] >= rate)
-        latency = table[next(settled, full)]
-        wait = waiting_s(rate, table[full], config.replicas * full, arrival_cv=self._limits.arrival_cv)
-        return Candidate(config, Estimate(latency + (wait if wait < inf else 0.0), capacity, memory))
+        return table[next(settled, full)]
+
+    def _with_residency(self, one: Candidate) -> Estimate:
+        """What a device has memory for beside its KV."""
+        whole = self._costs.memory_bytes(replace(one.config, replicas=1), self._tokens, whole=True)
+        return replace(one.estimate, residency="model" if whole <= self._limits.memory_bytes else "shard")
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch limit that fits, its memory, and the latency by requests in service, up to the largest that fits."""
+
+    requests: int
+    memory_bytes: int
+    latency_s: Mapping[int, float]
 
 
 def _occupancies(most: int) -> list[int]:
@@ -199,7 +246,12 @@ def _frontier(best: Candidate, fitting: Sequence[Candidate]) -> tuple[Candidate,
     for one in sorted(fitting, key=lambda one: (-one.estimate.throughput_rps, *_order(one))):
         shapes.setdefault((one.config.stages, one.config.shards), one)
     kept = sorted(shapes.values(), key=lambda one: (one != best, *_order(one)))[:_FRONTIER]
-    return tuple(replace(one, dominated_by=_dominator(one, kept)) for one in kept)
+    return compared(kept)
+
+
+def compared(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The same candidates; each that another one beats in everything names it."""
+    return tuple(replace(one, dominated_by=_dominator(one, candidates)) for one in candidates)
 
 
 def _dominator(one: Candidate, others: Sequence[Candidate]) -> str:

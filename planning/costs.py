@@ -16,7 +16,7 @@ from data.layout import ParallelConfig, Position
 from data.models import ModelSpec
 from data.profile import Profile
 from planning.regression import Curve, fit_curve
-from planning.resharding import kv_extent, weight_boxes
+from planning.resharding import kv_extent, weight_elements
 
 Row = Mapping[str, Any]
 
@@ -118,10 +118,17 @@ class CostModel:
         """Requests per second of all replicas with `batch` requests on each (Little's law)."""
         return config.replicas * batch / self.request_latency_s(config, batch, input_tokens, output_tokens)
 
-    def memory_bytes(self, config: ParallelConfig, tokens_per_request: int) -> int:
-        """Bytes that the fullest device needs: weights, KV of a full batch, activations and the reserve."""
-        positions = (position for position in config.positions() if position.replica == 0)
-        return max(self._position_bytes(config, position, tokens_per_request) for position in positions)
+    def memory_bytes(self, config: ParallelConfig, tokens_per_request: int, *, whole: bool = False) -> int:
+        """Bytes that the fullest device needs: weights, KV of a full batch, activations and the reserve.
+
+        With `whole`, the weights are those of the whole model.
+        """
+        stages: dict[tuple[int, bool, bool], int] = {}  # of each kind one
+        for stage in range(config.stages):
+            start, stop = config.stage_layers(stage, self.spec.layers)
+            stages.setdefault((stop - start, stage == 0, stage == config.stages - 1), stage)
+        positions = [Position(0, stage, shard) for stage in stages.values() for shard in range(config.shards)]
+        return max(self._position_bytes(config, position, tokens_per_request, whole) for position in positions)
 
     def transfer_s(self, size_bytes: int, kind: str) -> float:
         """Seconds to move a message over a link kind of `data.profile.LINK_KINDS` (unmeasured: the nearest measured).
@@ -145,9 +152,10 @@ class CostModel:
             times.append(known[alike])
         return times
 
-    def _position_bytes(self, config: ParallelConfig, position: Position, tokens: int) -> int:
+    def _position_bytes(self, config: ParallelConfig, position: Position, tokens: int, whole: bool) -> int:
         spec = self.spec
-        weights = sum(box.elements for box in weight_boxes(spec, config, position)) * spec.dtype_bytes
+        role = (ParallelConfig(1, 1, 1, 1), Position(0, 0, 0)) if whole else (config, position)
+        weights = weight_elements(spec, *role) * spec.dtype_bytes
         cells = kv_extent(spec, config, position).cells
         cache = 2 * spec.head_dim * self.kv_element_bytes * cells * tokens * config.max_batch
         return weights + cache + self._activation_bytes(config, position) + self.reserve_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,10 @@ Matrix = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
+Rule = Literal["optimal", "myopic", "hysteresis"]
+
 MOST_EXACT = 48  # instances up to which the linear program is solved
+HYSTERESIS = 0.05
 _ROUNDS = 100
 
 
@@ -49,6 +52,33 @@ class Solution:
 
     choice: Ints
     average: float
+
+
+def decide(problem: Problem, rule: Rule) -> Solution:
+    """The solution by a rule."""
+    if rule == "optimal":
+        return solve(problem)
+    return myopic(problem) if rule == "myopic" else hysteretic(problem, HYSTERESIS)
+
+
+def settled(problem: Problem, solution: Solution) -> Solution:
+    """The same policy with its chains of choices taken at once: what is chosen is not left for the same `n`.
+
+    For fleets that look again after every change. Where moving costs obey the triangle inequality an optimal
+    policy has no chains but of equal cost. A chain that goes round ends where serving is cheapest.
+    """
+    choice, rows = solution.choice, np.arange(len(solution.choice))[:, None]
+    if (choice[rows, choice] == choice).all():
+        return solution
+    rank = np.argsort(np.argsort(problem.serving, kind="stable"))
+    end = choice
+    for _ in problem.serving:
+        end = choice[rows, end]  # now on the round where the chain ends, be it of one option
+    best = end
+    for _ in problem.serving:
+        end = choice[rows, end]
+        best = np.where(rank[end] < rank[best], end, best)
+    return Solution(best, evaluate(problem, best)[0])
 
 
 def solve(problem: Problem) -> Solution:

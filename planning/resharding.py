@@ -97,6 +97,18 @@ def weight_boxes(spec: ModelSpec, config: ParallelConfig, position: Position) ->
     return _role_boxes(spec, layers, ends, position.shard, config.shards)
 
 
+def weight_elements(spec: ModelSpec, config: ParallelConfig, position: Position) -> int:
+    """Elements of `weight_boxes`."""
+    layers = config.stage_layers(position.stage, spec.layers)
+    ends = position.stage == 0, position.stage == config.stages - 1
+    return _role_elements(spec, layers, ends, position.shard, config.shards)
+
+
+@lru_cache(maxsize=4096)
+def _role_elements(spec: ModelSpec, layers: tuple[int, int], ends: tuple[bool, bool], shard: int, shards: int) -> int:
+    return sum(box.elements for box in _role_boxes(spec, layers, ends, shard, shards))
+
+
 @lru_cache(maxsize=1024)
 def _role_boxes(
     spec: ModelSpec, layers: tuple[int, int], ends: tuple[bool, bool], shard: int, shards: int

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from data.placement import Shape
 from planning.availability import Process
-from planning.policy import Problem, Solution, hysteretic, myopic, solve
+from planning.options import NOTHING_S, Option, as_problem, lost_s, shortlist
+from planning.policy import Problem, Rule, Solution, decide
 from planning.simulation.serving_perennial import MOST_REPLICAS, Charges, Policy, Target
 from planning.simulation.serving_steps import Service
 from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile
 from planning.step_costs import StepCosts
 
-Rule = Literal["optimal", "myopic", "hysteresis"]
-
-HYSTERESIS = 0.05
-_NOTHING_S = 3600.0  # what a request that nobody serves is held to wait
 _REQUESTS = 300
 _SEEDS = 3
-_WORTH = 0.002  # of its P99 that another replica of a shape has to save to be an option
-_PER_COUNT = 3  # layouts kept for each number of instances
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,35 +78,29 @@ def build(
 ) -> Book:
     """The policy for one model on a fleet of one instance type."""
     layouts = find_layouts(costs, process.most, load)
-    problem = as_problem(costs, process, load, layouts, charges or Charges())
-    if rule == "optimal":
-        solution = solve(problem)
-    else:
-        solution = myopic(problem) if rule == "myopic" else hysteretic(problem, HYSTERESIS)
-    return Book(layouts, problem, solution)
+    problem = decision_problem(costs, process, load, layouts, charges or Charges())
+    return Book(layouts, problem, decide(problem, rule))
 
 
 def find_layouts(costs: StepCosts, most: int, load: Load) -> Layouts:
     """The layouts with the smallest P99 for every number of instances, up to `most`."""
-    rated: dict[Target, tuple[float, float]] = {}
-    by_count: dict[int, list[Target]] = {}
-    for shape in costs.shapes():
-        best_s = np.inf
-        for replicas in range(1, min(most * costs.gpus // shape.devices, MOST_REPLICAS) + 1):
-            if _stable(costs, shape, replicas, load):
-                found = _rated(costs, shape, replicas, load)
-                if found[1] < best_s * (1 - _WORTH):
-                    best_s, rated[shape, replicas] = found[1], found
-                    by_count.setdefault(replicas * shape.devices // costs.gpus, []).append((shape, replicas))
-    kept = [
-        target
-        for count in sorted(by_count)
-        for target in sorted(by_count[count], key=lambda one: rated[one][1])[:_PER_COUNT]
-    ]
+    stable = (
+        (shape, replicas)
+        for shape in costs.shapes()
+        for replicas in range(1, min(most * costs.gpus // shape.devices, MOST_REPLICAS) + 1)
+        if _stable(costs, shape, replicas, load)
+    )
+    rated = {target: _rated(costs, *target, load) for target in stable}
+    kept = [one.layout for one in shortlist(_option(costs, target, found[1]) for target, found in rated.items())]
     kept += [target for target in _weakest(costs, most) if target not in kept]
     for target in kept:
         rated.setdefault(target, _rated(costs, *target, load))
     return Layouts(tuple(kept), tuple(rated[one][0] for one in kept), tuple(rated[one][1] for one in kept))
+
+
+def _option(costs: StepCosts, target: Target, cost: float) -> Option[Target]:
+    shape, replicas = target
+    return Option(target, shape, replicas * shape.devices // costs.gpus, cost)
 
 
 def _weakest(costs: StepCosts, most: int) -> list[Target]:
@@ -143,8 +131,8 @@ def _rated(costs: StepCosts, shape: Shape, replicas: int, load: Load) -> tuple[f
         times = costs.times(shape)
         for replica in range(replicas):
             service.start(replica, 0.0, times)
-        service.advance(float(arrival_s[-1]) + _NOTHING_S)
-        latency = np.minimum(service.line.done_s - arrival_s, _NOTHING_S)
+        service.advance(float(arrival_s[-1]) + NOTHING_S)
+        latency = np.minimum(service.line.done_s - arrival_s, NOTHING_S)
         found.append((float(latency.mean()), float(np.quantile(latency, 0.99))))
     mean, p99 = np.mean(found, axis=0)
     return float(mean), float(p99)
@@ -157,12 +145,11 @@ def gamma_arrivals(seed: int, load: Load, count: int) -> np.ndarray[tuple[int], 
     return np.cumsum(gaps)
 
 
-def as_problem(costs: StepCosts, process: Process, load: Load, layouts: Layouts, charges: Charges) -> Problem:
+def decision_problem(costs: StepCosts, process: Process, load: Load, layouts: Layouts, charges: Charges) -> Problem:
     """Costs in seconds of latency (P99) per second of operation, as many as requests arrive."""
     options = len(layouts.targets) + 1
-    needed = np.array([0, *(shape.devices * count // costs.gpus for shape, count in layouts.targets)])
-    fits = np.arange(process.most + 1)[:, None] >= needed[None, :]
-    serving = load.rate_rps * np.array([_NOTHING_S, *layouts.p99_s])
+    needed = [0, *(shape.devices * count // costs.gpus for shape, count in layouts.targets)]
+    serving = [load.rate_rps * seconds for seconds in (NOTHING_S, *layouts.p99_s)]
     moving = np.zeros((options, options))
     for here, (old, old_count) in enumerate(layouts.targets, 1):
         running = load.rate_rps * layouts.mean_s[here - 1]
@@ -170,19 +157,19 @@ def as_problem(costs: StepCosts, process: Process, load: Load, layouts: Layouts,
             if here != there:
                 moving[here, there] = _moving(costs, charges, running, (old, old_count), (new, new_count))
     moving[0, 1:] = load.rate_rps * charges.start_s**2
-    return Problem(process.rates(), fits, serving, moving)
+    return as_problem(process, needed, serving, moving)
 
 
 def _moving(costs: StepCosts, charges: Charges, running: float, old: Target, new: Target) -> float:
     """Seconds that running requests lose: the pause with their KV, and slower steps while weights come."""
     if old[0] == new[0]:
         share = max(old[1] - new[1], 0) / old[1]
-        return running * share * charges.cut_s
+        return lost_s(running * share, pause_s=charges.cut_s)
     role = float(costs.roles(new[0])[0].sum()) * costs.cell_bytes
     window_s = charges.prepare_s + role / (costs.link_bytes_per_s * charges.background)
     instances = new[0].devices * new[1] / costs.gpus
     kv_s = running * costs.kv_bytes / (costs.link_bytes_per_s * instances)
-    return running * (charges.cut_s + kv_s + (charges.slowdown - 1) * window_s)
+    return lost_s(running, pause_s=charges.cut_s + kv_s, prepare_s=window_s, slowdown=charges.slowdown)
 
 
 def published_policy(profile: StaticBatchProfile, rate_rps: float, gpus: int = 4, most_batch: int = 4) -> Policy:

@@ -24,6 +24,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     switch_s: float = 30.0  # KV transfer and activation
     collective_s: float = 20.0  # one collective operation inside a step
     retry_s: float = 0.2  # before a failed reconfiguration is tried again
+    grace_margin_s: float = 1.0  # of a notice's time that is left for the change, when the old layout decodes on
     settle_s: float = 0.05  # collect simultaneous membership changes into one reconfiguration
     controller_gone_s: float = 60.0  # agents without a controller give up after this
     orphan_s: float = 60.0  # a resumable request without a client is aborted after this
@@ -67,7 +68,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
     numerics: str = "auto"
     block_tokens: int = 16
-    residency: str = "shard"  # weights a device keeps: of its position, or of the whole "model"
+    # Weights a device keeps: of its position, of the whole "model", or what the "plan" has memory for beside the
+    # KV that it counts with; that is for those who give the cache no more (`kv_memory_bytes`).
+    residency: str = "shard"
     kv_blocks: int = 0  # 0: from kv_memory_bytes
     kv_memory_bytes: int = 64 << 20
     step_tokens: int = 256  # prefill + decode tokens of one step
@@ -107,8 +110,8 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _check(settings: ServingSettings) -> ServingSettings:
-    if settings.engine.residency not in ("shard", "model"):
-        raise InvalidInput(f"residency {settings.engine.residency!r} is unknown; choose shard or model")
+    if settings.engine.residency not in ("shard", "model", "plan"):
+        raise InvalidInput(f"residency {settings.engine.residency!r} is unknown; choose shard, model or plan")
     if settings.capacity.admission not in ("queue", "slo"):
         raise InvalidInput(f"admission {settings.capacity.admission!r} is unknown; choose queue or slo")
     if bool(settings.checkpoint) == bool(settings.checkpoints) or "" in settings.checkpoints:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data.errors import CorruptData, InvalidInput
-from perennial.commands.plans import print_book
+from perennial.commands.explanation import print_book
 
 if TYPE_CHECKING:
     from data.cluster import ClusterSpec
@@ -91,7 +91,9 @@ def plan(
     input_tokens: Annotated[int, typer.Option(help="Prompt of the reference request.")] = 64,
     output_tokens: Annotated[int, typer.Option(help="Output of the reference request.")] = 64,
     slo: Annotated[float | None, typer.Option(help="Latency limit in seconds.")] = None,
-    policy: Annotated[str, typer.Option(help="perennial or spotserve.")] = "perennial",
+    policy: Annotated[str, typer.Option(help="perennial, journey, hysteresis or spotserve.")] = "perennial",
+    availability: Annotated[str, typer.Option(help="For journey: a trace of instances to fit.")] = "",
+    waiting_usd_h: Annotated[float, typer.Option(help="For journey: what an hour of waiting is worth.")] = 20.0,
     max_batch: Annotated[int, typer.Option(help="Most requests a replica runs at once.")] = 8,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -129,6 +131,8 @@ def plan(
         output_tokens=output_tokens,
         slo_s=slo,
         policy=policy,
+        availability=str(Path(availability).absolute()) if availability else "",
+        waiting_usd_h=waiting_usd_h,
         most_batch=max_batch,
         promote=promote,
     )

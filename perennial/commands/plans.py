@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from data.errors import InvalidInput
+from perennial.commands.explanation import config_of, print_book, print_plan
 
 if TYPE_CHECKING:
-    from data.plan import Plan, PlanBook
     from flows.registry import Registry
 
 plans = typer.Typer(name="plans", help="Plan books in the registry.", no_args_is_help=True)
@@ -39,10 +39,23 @@ def list_versions(name: Name = None) -> None:
 
 
 @plans.command()
-def show(version: Version = "champion", name: Name = None) -> None:
-    """Show what a plan book runs in every state, and why."""
+def show(
+    version: Version = "champion",
+    name: Name = None,
+    state: Annotated[str, typer.Option(help="Explain this state, such as local-cpu=3.")] = "",
+    now: Annotated[str, typer.Option(help="With --state: while this runs, such as D2·P1·T1·B8.")] = "",
+) -> None:
+    """Show what a plan book runs in every state, and why; with --state, what was chosen from."""
+    from data.cluster import ClusterState
+    from data.layout import ParallelConfig
+
     registry = _registry()
-    print_book(registry.load_plan(_only(registry, name), version))
+    book = registry.load_plan(_only(registry, name), version)
+    if not state:
+        print_book(book)
+        return
+    in_force = ParallelConfig.from_key(now) if now else None
+    print_plan(book, book.plan_for(ClusterState.from_key(state), in_force), in_force)
 
 
 @plans.command()
@@ -52,7 +65,9 @@ def diff(before: Version, after: Version, name: Name = None) -> None:
     changes = registry.diff(_only(registry, name), before, after)
     table = Table("state", before, after)
     for change in changes:
-        table.add_row(change.state.key, _config(change.before), _config(change.after))
+        same = change.before and change.after and change.before.config == change.after.config
+        after_it = f"{config_of(change.after)} (other transitions)" if same else config_of(change.after)
+        table.add_row(change.state.key, config_of(change.before), after_it)
     Console().print(table if changes else f"{before} and {after} choose the same configurations")
 
 
@@ -77,24 +92,6 @@ def rollback(name: Name = None) -> None:
     Console().print(f"{chosen} version {registry.rollback(chosen)} is champion again")
 
 
-def print_book(book: PlanBook) -> None:
-    """A plan book as a table."""
-    console = Console()
-    table = Table("state", "configuration", "latency s", "requests/s", "MB/device")
-    for plan in book.plans:
-        numbers = ("–", "–", "–")
-        if plan.estimate:
-            seconds, rate, size = plan.estimate.latency_s, plan.estimate.throughput_rps, plan.estimate.memory_bytes
-            numbers = (f"{seconds:.3g}", f"{rate:.3g}", f"{size / 1e6:.1f}")
-        table.add_row(plan.state.key, _config(plan), *numbers)
-    console.print(f"{book.model.name} on {book.cluster.name}, policy {book.policy}, plan book {book.sha256[:12]}")
-    console.print(table)
-    for plan in book.plans:
-        console.print(f"[bold]{plan.state.key}[/bold]: {plan.reason}")
-        if plan.fewer:
-            console.print(f"[dim]  {plan.fewer}[/dim]")
-
-
 def _registry() -> Registry:
     from flows.registry import Registry
     from perennial.settings import load_settings
@@ -112,10 +109,6 @@ def _only(registry: Registry, name: str | None) -> str:
         known = f"choose one with --name: {', '.join(names)}" if names else "make one with `perennial plan`"
         raise InvalidInput(f"there are {len(names)} registered plans; {known}")
     return names[0]
-
-
-def _config(plan: Plan | None) -> str:
-    return str(plan.config) if plan and plan.config else "–"
 
 
 def _percent(tags: Mapping[str, str], which: str) -> str:

@@ -61,6 +61,11 @@ class Dispatcher:
         """Requests that no replica has yet."""
         return sum(map(len, self._queues.values()))
 
+    def unfinished(self, model: str) -> int:
+        """Requests of a model that wait or are with a replica."""
+        running = sum(len(replica.records) for replica in self.replicas.values() if replica.model == model)
+        return len(self._queues[model]) + running
+
     @property
     def live(self) -> list[Replica]:
         """Replicas that take requests now."""

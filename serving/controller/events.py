@@ -17,6 +17,9 @@ from serving.requests import Event
 logger = logging.getLogger(__name__)
 
 
+_REASONS = ("copied", "uncopied", "unseated")
+
+
 class EventLog:
     """The latest `kept` events; readers follow at their own pace."""
 
@@ -49,7 +52,9 @@ class EventLog:
                 await changed.wait()
 
 
-def layout_event(outcome: Outcome, replicas: Sequence[Replica], target: Deployment, replayed: int) -> dict[str, Any]:
+def layout_event(
+    outcome: Outcome, replicas: Sequence[Replica], target: Deployment, replayed: Sequence[tuple[str, int]]
+) -> dict[str, Any]:
     """What a layout event says: who is where, what was moved, and how `replayed` and other requests came through."""
     positions = [
         {"replica": index, "stage": rank // one.config.shards, "shard": rank % one.config.shards, "device": str(device)}
@@ -57,7 +62,8 @@ def layout_event(outcome: Outcome, replicas: Sequence[Replica], target: Deployme
         for index, one in enumerate(replicas)
         for rank, device in enumerate(one.devices)
     ]
-    restored, uncopied = outcome.restored, outcome.uncopied
+    restored = [("uncopied" if key in outcome.uncopied else "copied", n) for key, n in outcome.restored.items()]
+    again = {why: sorted(n for reason, n in [*restored, *replayed] if reason == why) for why in _REASONS}
     return {
         "epoch": outcome.epoch,
         "config": str(target),
@@ -66,7 +72,8 @@ def layout_event(outcome: Outcome, replicas: Sequence[Replica], target: Deployme
         "seconds": outcome.seconds,
         "requests_moved": len(outcome.heirs) - len(restored),
         "requests_restored": len(restored),
-        "requests_replayed": replayed,
-        "tokens_reexecuted": sorted(tokens for key, tokens in restored.items() if key not in uncopied),
-        "tokens_reexecuted_uncopied": sorted(tokens for key, tokens in restored.items() if key in uncopied),
+        "requests_replayed": len(replayed),
+        "tokens_reexecuted": again["copied"],
+        "tokens_reexecuted_uncopied": again["uncopied"],
+        "tokens_reexecuted_unseated": again["unseated"],
     }

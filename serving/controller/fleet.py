@@ -17,14 +17,15 @@ from serving import messages as m
 from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
 from serving.controller.events import EventLog, layout_event
+from serving.controller.grace import Grace, pace_of
 from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
 from serving.controller.membership import InstanceState, Membership
 from serving.controller.phases import TransitionFailed
 from serving.controller.progress import standstill
-from serving.controller.reconfiguration import Outcome, Reconfiguration
+from serving.controller.reconfiguration import Outcome, Reconfiguration, Stranded
 from serving.controller.records import Record
-from serving.controller.recovery import Recovery
+from serving.controller.recovery import Recovery, lost_with
 from serving.controller.rendezvous import Rendezvous
 from serving.controller.targets import Targets
 from serving.settings import ServingSettings
@@ -103,6 +104,8 @@ class Fleet:
     def fleet_changed(self) -> None:
         """Look at the fleet again soon."""
         self._changed.set()
+        if self._current is not None and self._current.grace is not None:
+            self._current.grace.urge()
 
     def instance_joined(self, instance: InstanceState) -> None:
         """A complete instance."""
@@ -258,8 +261,8 @@ class Fleet:
         if self._current is None and not self._recovery.stranded:
             self._copies.keep(self.dispatcher.replicas.values())
 
-    def _unrestorable(self, records: Sequence[Record]) -> None:
-        self._recovery.replay(records)
+    def _unrestorable(self, records: Sequence[Record], stranded: Stranded) -> None:
+        self._recovery.replay(records, lost_with(stranded))
         self.dispatch()
 
     # -- reconfiguration --------------------------------------------------------------------------------
@@ -298,8 +301,8 @@ class Fleet:
 
     async def _step(self) -> None:
         """One look at the fleet, and what follows from it."""
-        target = self._targets.wanted(self.book)
-        transition = self._targets.transition(target, self._resident) if target else None
+        target, whole = self._targets.wanted(self.book, self.target), self._targets.whole(self.book, self.target)
+        transition = self._targets.transition(target, self._resident, whole=whole) if target else None
         if target is not None and transition is not None:
             if not transition.empty or self._recovery.stranded:
                 await self._carry_out(transition, target)
@@ -315,7 +318,8 @@ class Fleet:
     def _preload_spares(self) -> None:
         if self.target is None:
             return
-        for device, boxes in self._targets.preloads(self.target, self._resident).items():
+        whole = self._targets.whole(self.book, self.target)
+        for device, boxes in self._targets.preloads(self.target, self._resident, whole=whole).items():
             self._resident[device] = common(self._resident.get(device, ()), boxes)  # whether or not it manages
             self.membership.send(device, m.Preload(list(boxes)))
 
@@ -339,6 +343,7 @@ class Fleet:
             former=self._copies.former,
             tell=lambda phase: self._events.emit(f"reconfiguration_{phase}", epoch=self.epoch),
             unrestorable=self._unrestorable,
+            grace=self._grace(retired, target),
         )
         self._current, self._early, self._early_emissions = attempt, [], []
         try:
@@ -351,6 +356,21 @@ class Fleet:
         finally:
             self._current = None
         self._commit(transition, outcome, attempt, target, mode)
+
+    def _grace(self, retired: Sequence[Replica], target: Deployment) -> Grace:
+        """The time that notices leave to the retired replicas, which is of use where `target` is too small."""
+        devices = [device for replica in retired for device in replica.devices]
+        models = sorted({replica.model for replica in retired})
+        return Grace(
+            lambda: self.membership.leaving_s(devices),
+            lambda: any(self.dispatcher.unfinished(model) > target.batch(model) for model in models),
+            pace_of(
+                self._targets.promised_step_s(self.book),
+                [self._specs[model] for model in models],
+                self._settings.replication,
+            ),
+            margin_s=self._settings.timeouts.grace_margin_s,
+        )
 
     def _after_failure(self, attempt: Reconfiguration, retired: Sequence[Replica]) -> None:
         self._forget(self._recovery.failed(attempt.stranded))
@@ -384,14 +404,14 @@ class Fleet:
         for replica in outcome.new:
             self.dispatcher.replicas[replica.number] = replica
         self._rehome(outcome, attempt)
-        self._recovery.replay(self.dispatcher.drop(transition.retire))
+        self._recovery.replay(self.dispatcher.drop(transition.retire), "unseated")
         self._copies.ended(transition.retire)
-        self._forget(self._recovery.settle(attempt.stranded))
+        self._forget(self._recovery.settle(attempt.stranded, tried=True))
         self.target, self._broken = target, False
         if attempt.store is not None:
             self._stores[outcome.epoch] = attempt.store
         self._close_stores()
-        layout = layout_event(outcome, list(self.dispatcher.replicas.values()), target, self._recovery.count())
+        layout = layout_event(outcome, list(self.dispatcher.replicas.values()), target, self._recovery.replayed())
         self._events.emit("layout", mode=mode, **layout)
         self._metrics.migration("move", len(outcome.heirs) - len(outcome.restored))
         self._metrics.migration("restore", len(outcome.restored))

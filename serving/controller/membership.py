@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -134,6 +135,12 @@ class Membership:
     def advised_devices(self) -> frozenset[Device]:
         """Usable devices of instances that may have to go: better not counted on."""
         return frozenset(one for one in self.usable_devices() if self.instances[one.instance].advised)
+
+    def leaving_s(self, devices: Iterable[Device]) -> float:
+        """Seconds until the first of `devices` that was given notice goes; infinite if none was."""
+        now = asyncio.get_running_loop().time()
+        present = [self.instances[name] for name in {one.instance for one in devices} & self.instances.keys()]
+        return min((one.leaving_at - now for one in present if one.leaving_at is not None), default=math.inf)
 
     def state(self) -> ClusterState:
         """The usable instances by type."""

@@ -31,6 +31,8 @@ class Moves:
         self._homes: dict[int, Replica] = {}  # where a sequence goes
         self._reserved: dict[int, dict[int, list[int]]] = {}  # by running replica
         self._copied: dict[int, tuple[int, int]] = {}  # tokens of which life are in place
+        self.left_behind: frozenset[int] = frozenset()
+        """Sequences that are replayed: there is no time to move their KV."""
 
     def offer(self, replica: Replica, inherits: tuple[int, ...]) -> None:
         """A new replica has seats, and those of `inherits` go there first."""
@@ -139,7 +141,7 @@ class Moves:
         """Every sequence that has a seat large enough, as it is now."""
         heirs = []
         for key in sorted(self._homes):
-            if key not in self._restorable and key not in self._sequences:
+            if key in self.left_behind or (key not in self._restorable and key not in self._sequences):
                 continue
             home, tokens = self._homes[key], self._tokens(key)
             seating = self._seating.get(home.number)

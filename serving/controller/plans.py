@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import CorruptData, PerennialError
 from data.models import ModelSpec
-from data.plan import PlanBook
+from data.plan import PlanBook, stated_sha256
 from data.shared_plan import SharedPlanBook, is_shared
 from serving.errors import NotFound, PlanMismatch, Unavailable
 
@@ -96,11 +96,13 @@ class RegistryReader:
         if it cannot be fetched.
         """
         where = f"plan {version.name} version {version.version}"
+        content = self._download(version)
         try:
-            book = PlanBook.from_bytes(self._download(version))
+            book = PlanBook.from_bytes(content)
         except CorruptData as error:
             raise CorruptData(f"{where} cannot be read: {error}") from error
-        if version.tags.get(SHA256_TAG, book.sha256) != book.sha256:
+        stated = stated_sha256(content)
+        if version.tags.get(SHA256_TAG, stated) != stated:
             raise PlanMismatch(f"{where} holds another book than was registered; publish it again")
         return book
 

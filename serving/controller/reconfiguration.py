@@ -19,6 +19,7 @@ from planning.restoration import Rates, restorable_tokens, worth_restoring
 from planning.transition import Transition, retained
 from serving import messages as m
 from serving.controller.dispatch import Replica
+from serving.controller.grace import Grace
 from serving.controller.moves import Moves
 from serving.controller.orders import (
     Heir,
@@ -36,6 +37,7 @@ from serving.settings import ServingSettings
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 3  # of copying in the background
+_LOOK_S = 0.02  # between looks at whether the old layout is still needed
 _SHORT_COPY_S = 0.1  # after a copy as quick as this the rest is small
 
 
@@ -105,7 +107,8 @@ class Reconfiguration:
     stranded: Sequence[Stranded] = ()
     former: Sequence[int] = ()
     tell: Callable[[str], None] = lambda phase: None
-    unrestorable: Callable[[Sequence[Record]], None] = lambda records: None
+    unrestorable: Callable[[Sequence[Record], Stranded], None] = lambda records, stranded: None
+    grace: Grace | None = None
     new: list[Replica] = field(default_factory=list)
     world: tuple[Device, ...] = ()
     joined: Sequence[Replica] = ()  # running replicas that sequences are about to join
@@ -181,6 +184,8 @@ class Reconfiguration:
         prepared = await self._prepare()
         ready = clock()
         on_prepared(ready - started)
+        await self._decode_on()
+        held = clock()
         copied_bytes = await self._copy_while_serving()
         copied = clock()
         on_pause()
@@ -190,7 +195,7 @@ class Reconfiguration:
         sent_bytes = await self._switch(heirs)
         self._check("switch")
         ended = clock()
-        seconds = {"prepare": ready - started, "copy": copied - ready, "pause": stopped - copied}
+        seconds = {"prepare": ready - started, "hold": held - ready, "copy": copied - held, "pause": stopped - copied}
         seconds |= {"transfer": ended - stopped, "total": ended - started, **self._moving_s}
         moved = self._moved(prepared, copied_bytes, sent_bytes)
         restored = self._moves.reexecuted(heirs)
@@ -224,8 +229,8 @@ class Reconfiguration:
         orders = dict.fromkeys(self.workers.connected_devices(), order)
         answers = await self._ask("survey", orders, self.settings.timeouts.pause_s)
         found = found_sources({device: answer.held for device, answer in answers.items()})
-        lost = []
         for stranded in self.stranded:
+            lost = []
             for key, record in list(stranded.records.items()):
                 sources, tokens = self._best(record, stranded.number, found.get(key, []))
                 if tokens and self._hosts(record.model) and self._worth_restoring(record, tokens):
@@ -234,7 +239,7 @@ class Reconfiguration:
                     held = [(str(one.device), one.replica, one.tokens) for one in found.get(key, [])]
                     logger.info("request %s is replayed; found of its KV: %s", record.request.request_id, held)
                     lost.append(stranded.records.pop(key))
-        self.unrestorable(lost)
+            self.unrestorable(lost, stranded)
 
     def _best(self, record: Record, last: int, found: Sequence[Source]) -> tuple[Sequence[Source], int]:
         """What brings back the most of a request; what its former replicas left only where it adds something.
@@ -284,6 +289,20 @@ class Reconfiguration:
         waiting = self._moves.models | {one.model for one in self.retired if one.records}
         built = {one.model for one in self.new}
         return [one for one in self.kept if one.model in waiting - built]
+
+    async def _decode_on(self) -> None:
+        """Let the old layout go on as long as its room is needed and the notice allows."""
+        if self.grace is None or self.stranded:  # broken replicas' requests wait for this change
+            return
+        if self.grace.waits(self._moving()):
+            self.tell("holding")
+        while self.grace.waits(self._moving()):
+            self._check("hold")
+            await asyncio.sleep(_LOOK_S)
+        self._moves.left_behind = self.grace.stay_behind(self._moving())
+
+    def _moving(self) -> list[Record]:
+        return [record for replica in self.retired for record in replica.records.values()]
 
     async def _copy_while_serving(self) -> int:
         """Copy what is cached while everyone decodes, until little is left; returns the bytes sent."""

@@ -10,7 +10,7 @@ from data.deployment import Deployment, SharedGroup
 from data.errors import Infeasible
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
-from data.plan import PlanBook
+from data.plan import Plan, PlanBook
 from data.shared_plan import SharedPlanBook
 from planning.load import IN_TOKENS, Pace
 from planning.preference import dependable, spare_ranks
@@ -41,17 +41,35 @@ class Targets:
     ) -> None:
         self._specs, self._membership, self._dispatcher = specs, membership, dispatcher
         self._element_bytes = _ELEMENT_BYTES[settings.engine.dtype]
-        self._whole = settings.engine.residency == "model"
+        self._residency = settings.engine.residency
         self._paced_book: PlanBook | SharedPlanBook | None = None
         self._paces: dict[tuple[str, ParallelConfig], Pace] = {}
 
-    def wanted(self, book: PlanBook | SharedPlanBook) -> Deployment | None:
-        """What the book says of the present state; None if that holds nothing."""
-        state = self._membership.state()
+    def wanted(self, book: PlanBook | SharedPlanBook, now: Deployment | None) -> Deployment | None:
+        """What the book says of the present state while `now` is in force; None if that holds nothing."""
         if isinstance(book, SharedPlanBook):
-            return book.plan_for(state).deployment
-        config = book.plan_for(state).config
+            return book.plan_for(self._membership.state()).deployment
+        config = self._chosen(book, now).config
         return Deployment.of(config) if config is not None else None
+
+    def _chosen(self, book: PlanBook, now: Deployment | None) -> Plan:
+        """The book's plan for who is there and what is in force; choosing again, once it runs, changes nothing."""
+        running = now.uniform if now is not None and self._dispatcher.replicas else None
+        return book.plan_for(self._membership.state(), running)
+
+    def whole(self, book: PlanBook | SharedPlanBook, now: Deployment | None) -> bool:
+        """Whether devices are to keep all of their models: as set, or as the plan has memory for."""
+        if self._residency == "plan" and isinstance(book, PlanBook):
+            estimate = self._chosen(book, now).estimate
+            return estimate is not None and estimate.residency == "model"
+        return self._residency == "model"
+
+    def promised_step_s(self, book: PlanBook | SharedPlanBook) -> float:
+        """How long the plan of the present state says that a decode step takes; 0 if it does not say."""
+        if isinstance(book, SharedPlanBook):
+            return max((speed.step_s for speed in book.speeds), default=0.0)
+        estimate = book.plan_for(self._membership.state()).estimate
+        return estimate.latency_s / book.objective.output_tokens if estimate else 0.0
 
     def pace(self, book: PlanBook | SharedPlanBook, replica: Replica) -> Pace:
         """How quick a replica is, as the book has it; `IN_TOKENS` if it does not say."""
@@ -62,7 +80,7 @@ class Targets:
             self._paces[key] = book_pace(book, *key)
         return self._paces[key]
 
-    def transition(self, target: Deployment, resident: Resident) -> Transition | None:
+    def transition(self, target: Deployment, resident: Resident, *, whole: bool) -> Transition | None:
         """What has to change; None if it cannot be done, which is logged."""
         usable, advised = self._membership.usable_devices(), self._membership.advised_devices()
         live = self._live()
@@ -74,7 +92,7 @@ class Targets:
                 usable=dependable(usable, advised, live=live, target=target),
                 resident={one: boxes for one, boxes in resident.items() if self._membership.connected(one)},
                 element_bytes=self._element_bytes,
-                whole=self._whole,
+                whole=whole,
             )
         except Infeasible as error:
             logger.warning("%s", error)
@@ -86,18 +104,18 @@ class Targets:
             for one in self._dispatcher.replicas.values()
         ]
 
-    def preloads(self, target: Deployment, resident: Resident) -> dict[Device, tuple[Box, ...]]:
+    def preloads(self, target: Deployment, resident: Resident, *, whole: bool) -> dict[Device, tuple[Box, ...]]:
         """What devices without a position had better fetch: the weights of positions that are likely to go, then of
         all in turn.
         """
         live = live_groups(self._live())
         busy = {device for one in live for device in one.devices}
         spares = [device for device in self._membership.usable_devices() if device not in busy]
-        places = [(group, rank) for group in target.counts for rank in range(1 if self._whole else group.devices)]
-        advised = [] if self._whole else self._advised(live, places)
+        places = [(group, rank) for group in target.counts for rank in range(1 if whole else group.devices)]
+        advised = [] if whole else self._advised(live, places)
         found = {}
         for device, index in zip(spares, spare_ranks(len(spares), len(places), advised), strict=True):
-            boxes = group_boxes(self._specs, *places[index], whole=self._whole)
+            boxes = group_boxes(self._specs, *places[index], whole=whole)
             held = resident.get(device, ())
             if not held or (index in advised and common(held, boxes) != boxes):
                 found[device] = boxes
@@ -120,10 +138,13 @@ def book_pace(book: PlanBook | SharedPlanBook, model: str, config: ParallelConfi
         shape = model, config.stages, config.shards
         found = [one for one in book.speeds if (one.model, one.stages, one.shards) == shape]
         return Pace(found[0].prefill_token_s, found[0].step_s, config.max_batch) if found else IN_TOKENS
-    for plan in book.plans:
-        if plan.config is not None and plan.estimate is not None and replace(plan.config, replicas=1) == config:
-            step_s = plan.estimate.latency_s / book.objective.output_tokens
-            return Pace(0.0, step_s, config.max_batch) if step_s else IN_TOKENS
+    rated = {one.config: one.estimate for plan in book.plans for one in plan.frontier}
+    rated |= {
+        plan.config: plan.estimate for plan in book.plans if plan.config is not None and plan.estimate is not None
+    }
+    for known, estimate in rated.items():
+        if estimate.latency_s and replace(known, replicas=1) == config:
+            return Pace(0.0, estimate.latency_s / book.objective.output_tokens, config.max_batch)
     return IN_TOKENS
 
 

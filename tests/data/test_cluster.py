@@ -43,6 +43,22 @@ def test_a_type_that_the_fleet_lacks_is_named() -> None:
         FLEET.devices(ClusterState.of({"huge": 1}))
 
 
+@pytest.mark.parametrize(
+    ("counts", "devices", "price"),
+    [
+        ({"small": 2, "large": 1}, None, 1.5),
+        ({"small": 2, "large": 1}, 4, 0.5),
+        ({"small": 2, "large": 1}, 5, 1.0),
+        ({"small": 2, "large": 1}, 1, 0.5),
+        ({"small": 2}, 1, 0.5),
+        ({}, None, 0.0),
+    ],
+)
+def test_the_price_of_what_is_occupied(counts: dict[str, int], devices: int | None, price: float) -> None:
+    """A device of a large instance is cheaper here, so those are taken first."""
+    assert FLEET.price_usd_h(ClusterState.of(counts), devices) == pytest.approx(price)
+
+
 def test_fleets_that_cannot_be() -> None:
     with pytest.raises(InvalidInput, match="one maximum for each"):
         ClusterSpec("x", (SMALL,), (1, 2))

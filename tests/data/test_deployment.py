@@ -33,6 +33,7 @@ def test_groups_are_values_whatever_the_order_they_are_given_in() -> None:
     assert group == SharedGroup(2, 1, (LARGE, SMALL))
     deployment = Deployment((group, alone, group))
     assert deployment == Deployment((alone, group, group))
+    assert [deployment.batch(model) for model in ("small", "large", "other")] == [24, 8, 0]
     assert (deployment.devices, deployment.models, deployment.uniform) == (5, ("large", "small"), None)
     assert str(deployment) == "P1·T1(small·B8) + 2×P2·T1(large·B4, small·B8)"
     assert group.config(LARGE) == ParallelConfig(1, 2, 1, 4, (3, 5))

@@ -18,6 +18,18 @@ def test_positions_come_replica_by_replica_stage_by_stage(replicas: int, stages:
     assert len(positions) == config.devices == replicas * config.replica_devices
 
 
+@given(degrees, degrees, degrees, degrees, st.booleans())
+def test_keys_say_everything(replicas: int, stages: int, shards: int, batch: int, uneven: bool) -> None:
+    config = ParallelConfig(replicas, stages, shards, batch, tuple(range(1, stages + 1)) if uneven else ())
+    assert ParallelConfig.from_key(config.key) == config
+
+
+@pytest.mark.parametrize("key", ["", "D1·P1·T1", "D1·P1·T1·B0", "D1·P2·T1·B1·L3", "D1·P1·T1·B1 "])
+def test_other_keys_are_refused(key: str) -> None:
+    with pytest.raises(InvalidInput):
+        ParallelConfig.from_key(key)
+
+
 @given(stages=st.integers(1, 8), extra=st.integers(0, 20))
 def test_balanced_stages_cover_the_layers(stages: int, extra: int) -> None:
     layers = stages + extra

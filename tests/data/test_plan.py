@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from data.canonical import canonical_json, checksum
 from data.catalog import instance_type, model_shape
 from data.cluster import ClusterSpec, ClusterState
 from data.errors import CorruptData, InvalidInput
+from data.explanation import Candidate, Estimate, Move
 from data.layout import ParallelConfig
-from data.plan import Candidate, Estimate, Objective, Plan, PlanBook, difference
+from data.plan import Objective, Plan, PlanBook, difference, stated_sha256
 
 SMALL, LARGE = instance_type("local-cpu"), replace(instance_type("local-cpu"), name="large", devices=4)
 FLEET = ClusterSpec("fleet", (SMALL, LARGE), (4, 2))
@@ -82,7 +84,7 @@ def test_other_json_is_refused(content: bytes) -> None:
 
 
 def test_a_newer_schema_is_told_apart_from_damage() -> None:
-    newer = json.dumps({"schema_version": 2, "shape": "unknown"}).encode()
+    newer = json.dumps({"schema_version": 3, "shape": "unknown"}).encode()
     with pytest.raises(CorruptData, match="made by a newer version; upgrade or republish"):
         PlanBook.from_bytes(newer)
 
@@ -144,6 +146,108 @@ def test_a_state_without_a_plan_says_so() -> None:
     assert "no plan for local-cpu=1" in missing.reason
 
 
+SIZES = {name: ParallelConfig(replicas, 1, 1, 4) for name, replicas in (("one", 1), ("two", 2), ("three", 3))}
+
+
+def journey(instances: int) -> Plan:
+    """With two replicas in force a third is not worth its way."""
+    one, two, three = SIZES.values()
+    frontier = tuple(Candidate(config, replace(ESTIMATE, latency_s=1 / config.replicas)) for config in SIZES.values())
+    chosen = min(instances, 3) - 1
+    transitions = ((two, two), (one, two)) if instances >= 3 else ((three, two), (two, two))[: instances - 1]
+    state = ClusterState.of({"local-cpu": instances})
+    return Plan(state, frontier[chosen].config, frontier[chosen].estimate, "least", frontier, "", transitions)
+
+
+def test_what_runs_decides_too() -> None:
+    one, two, three = SIZES.values()
+    moves = (Move(three, two, 7, 1.5, 0.25),)
+    book = replace(BOOK, plans=tuple(journey(count) for count in (1, 2, 3)), moves=moves, assumptions="none")
+    full = ClusterState.of({"local-cpu": 3})
+    assert PlanBook.from_bytes(book.to_bytes()) == book
+    assert [book.plan_for(full, now).config for now in (None, one, two, three)] == [three, two, two, three]
+    assert book.plan_for(full, ParallelConfig(1, 2, 1, 4)).config == three
+    staying = book.plan_for(full, two)
+    assert staying.estimate is not None
+    assert staying.estimate.latency_s == 0.5
+    assert "the way to D3·P1·T1·B4 costs more" in staying.reason
+    (loss,) = book.losses(book.plan_for(full))
+    assert (loss.type, loss.state.instances, loss.config, loss.move) == ("local-cpu", 2, two, moves[0])
+    (loss,) = book.losses(staying)
+    assert (loss.config, loss.move) == (two, None)
+
+
+def test_a_plan_that_goes_round_is_refused() -> None:
+    one, two, three = SIZES.values()
+    with pytest.raises(InvalidInput, match="does not stay with D2"):
+        replace(journey(3), transitions=((one, two), (two, three)))
+    with pytest.raises(InvalidInput, match="does not stay with D3"):
+        replace(journey(3), transitions=((three, two), (two, two)))
+    with pytest.raises(InvalidInput, match="which its frontier lacks"):
+        replace(journey(3), frontier=journey(3).frontier[:1])
+
+
+def first_version(book: PlanBook) -> bytes:
+    """A book as version 1 wrote it."""
+    document = json.loads(book.to_bytes())
+    names = ("model", "cluster", "objective", "policy", "profile_sha256")
+    body = {"schema_version": 1, **{name: document[name] for name in names}}
+    numbers = ("latency_s", "throughput_rps", "memory_bytes")
+    body["plans"] = [
+        {
+            **{name: plan[name] for name in ("state", "config", "reason", "fewer")},
+            "estimate": plan["estimate"] and {name: plan["estimate"][name] for name in numbers},
+            "frontier": [
+                {**one, "estimate": {name: one["estimate"][name] for name in numbers}} for one in plan["frontier"]
+            ],
+        }
+        for plan in document["plans"]
+    ]
+    return canonical_json({**body, "sha256": checksum(body)})
+
+
+def test_a_book_of_the_first_version_is_read() -> None:
+    content = first_version(BOOK)
+    assert PlanBook.from_bytes(content) == BOOK
+    assert stated_sha256(content) == json.loads(content)["sha256"] != BOOK.sha256
+    with pytest.raises(CorruptData, match="checksum is wrong"):
+        PlanBook.from_bytes(content.replace(b"lowest", b"lowish"))
+    body = {**json.loads(content), "plans": [{"state": "empty"}]}
+    del body["sha256"]
+    with pytest.raises(CorruptData, match="plans cannot be read"):
+        PlanBook.from_bytes(canonical_json({**body, "sha256": checksum(body)}))
+
+
+@pytest.mark.parametrize(("small", "large"), [(256, 0), (64, 64)])
+def test_a_lookup_takes_less_than_a_millisecond(small: int, large: int) -> None:
+    fleet = ClusterSpec("many", (SMALL, LARGE), (small, large))
+    configs = [ParallelConfig(replicas, 1, 1, 4) for replicas in range(1, 101)]
+    frontier = tuple(Candidate(config, ESTIMATE) for config in configs)
+    staying = tuple((config, config) for config in configs)
+    plans = tuple(
+        Plan(state, configs[0], ESTIMATE, "", frontier, "", staying) for state in fleet.states() if state.counts
+    )
+    book = replace(BOOK, cluster=fleet, plans=plans)
+    states = [ClusterState.of({"local-cpu": 3 * count, "large": count}) for count in range(1, 100)]
+    begun = time.perf_counter()
+    for state in states:
+        assert book.plan_for(state, configs[50]).config == configs[50]
+    assert (time.perf_counter() - begun) / len(states) < 1e-3
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), max_size=8), st.integers(0, 9), st.integers(0, 9))
+def test_the_index_finds_what_a_search_finds(listed: list[tuple[int, int]], small: int, large: int) -> None:
+    states = {ClusterState.of({"local-cpu": few, "large": many}) for few, many in listed}
+    book = replace(BOOK, plans=tuple(Plan(state, None, None, "") for state in sorted(states, key=lambda one: one.key)))
+    parts = [(few + 4 * many, few, many) for few, many in listed if few <= small and many <= large]
+    found = book.plan_for(ClusterState.of({"local-cpu": small, "large": large}))
+    if not parts:
+        assert "no plan for" in found.reason
+    else:
+        assert FLEET.devices(found.state) == max(parts)[0]
+        assert any(ClusterState.of({"local-cpu": few, "large": many}) == found.state for _, few, many in parts)
+
+
 def test_the_difference_of_two_books() -> None:
     changed = plan({"local-cpu": 3}, 2)
     other = replace(BOOK, plans=(NOTHING, replace(BOOK.plans[1], reason="another"), changed, plan({"large": 2}, 8)))
@@ -153,6 +257,8 @@ def test_the_difference_of_two_books() -> None:
     assert changes[0].after is None
     assert changes[2].after == changed
     assert difference(BOOK, BOOK) == ()
+    before, after = (replace(BOOK, plans=(plan,)) for plan in (journey(3), replace(journey(3), transitions=())))
+    assert [change.state.instances for change in difference(before, after)] == [3]
 
 
 def test_books_that_cannot_be() -> None:

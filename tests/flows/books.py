@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from data.cluster import ClusterSpec, ClusterState, InstanceType
+from data.explanation import Candidate, Estimate, Move
 from data.layout import ParallelConfig
 from data.models import ModelSpec
-from data.plan import Candidate, Estimate, Objective, Plan, PlanBook
+from data.plan import Objective, Plan, PlanBook
 from data.profile import Fingerprint, Profile
 
 MODEL = ModelSpec(
@@ -46,6 +49,17 @@ def book(max_batch: int = 4, instances: int = 3) -> PlanBook:
     plans = (empty, *(plan(count, max_batch) for count in range(1, instances + 1)))
     cluster = ClusterSpec("local-4", (LOCAL,), (instances,))
     return PlanBook(MODEL, cluster, Objective(1.0, 32, 16), "latency", profile().sha256, plans)
+
+
+def journey() -> PlanBook:
+    """A book in which two stages stay on three instances once they run."""
+    one, two, three = (plan(count, 4) for count in (1, 2, 3))
+    assert two.config is not None
+    assert three.config is not None
+    frontier = (*three.frontier, *two.frontier)
+    staying = replace(three, frontier=frontier, transitions=((two.config, two.config),))
+    moves = (Move(two.config, three.config, 3 * 10**9, 4.0, 0.5), Move(three.config, two.config, 10**9, 2.0, 0.25))
+    return replace(book(), policy="journey", plans=(one, two, staying), moves=moves, assumptions="nothing is lost")
 
 
 def profile() -> Profile:

@@ -12,7 +12,7 @@ from data.errors import InvalidInput, PerennialError
 from data.plan import PlanBook
 from data.profile import Profile
 from flows import profile as profile_flow
-from flows.plan import PlanRequest, PlanResult, open_registry, plan
+from flows.plan import PlanRequest, PlanResult, open_registry, plan, search_key
 from flows.profile import ProfileRequest
 from flows.progress import listening
 from profiling.campaign import Progress
@@ -86,6 +86,27 @@ def test_another_objective_is_searched_on_the_same_profile(
     book = open_registry(str(home)).load_plan(result["name"], "2")
     assert book.objective.required_rps == 1e6
     assert open_registry(str(home)).load_plan(result["name"]).sha256 == first[0]["sha256"]
+
+
+def test_a_journey_is_planned_from_a_trace(
+    first: tuple[PlanResult, list[Progress]], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_flow, "measure", lambda *_, **__: pytest.fail("measured again"))
+    trace = home / "trace.csv"
+    trace.write_text("t_ms,instances\n0,4\n60000,3\n120000,4\n180000,2\n240000,4\n")
+    request = _request(home, policy="journey", availability=str(trace), required_rps=50.0, promote=False)
+    result = plan(request)
+    book = PlanBook.from_bytes(Path(result["book"]).read_bytes())
+    assert book.policy == "journey"
+    # Two losses in 13 instance-minutes.
+    assert f"an instance is lost {2 / 13 * 60:.3g} times an hour" in book.assumptions
+    assert [plan.state.instances for plan in book.plans if plan.config] == [1, 2, 3]
+    measured = Profile.read(result["profile"])
+    before = search_key(measured, request)
+    trace.write_text(trace.read_text() + "300000,3\n")
+    assert search_key(measured, request) != before
+    with pytest.raises(InvalidInput, match=r"trace .*absent\.csv cannot be read"):
+        plan(_request(home, availability=str(home / "absent.csv")))
 
 
 def test_a_deleted_profile_is_measured_again(first: tuple[PlanResult, list[Progress]], home: Path) -> None:

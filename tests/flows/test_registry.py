@@ -5,14 +5,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from pyarrow import parquet
 
 from data.errors import CorruptData, InvalidInput
+from data.plan import stated_sha256
 from flows.publish import publish
 from flows.registry import CHALLENGER, CHAMPION, LAST_GOOD, Registry, Release, plan_name
 from flows.summary import FitError
 from serving.controller.plans import PlanSource, read_plan_file
 from serving.errors import NotFound, PlanMismatch, Unavailable
-from tests.flows.books import book, profile
+from tests.data.test_plan import first_version
+from tests.flows.books import book, journey, profile
 
 NAME = "plan.tiny-llama.local-4"
 
@@ -76,6 +79,7 @@ def test_the_model_holds_everything_and_answers(registry: Registry, tmp_path: Pa
         "plan.json",
         "report.md",
         "frontier.parquet",
+        "transitions.parquet",
         "plots",
         "profile",
     }
@@ -84,6 +88,29 @@ def test_the_model_holds_everything_and_answers(registry: Registry, tmp_path: Pa
     assert three["state"] == "local-cpu=3"
     assert three["config"]["stages"] == 3
     assert none["config"] is None
+
+
+def test_a_journey_shows_what_follows_what(registry: Registry, tmp_path: Path) -> None:
+    publish(registry, Release(journey()), CHAMPION)
+    assert registry.load_plan(NAME) == journey()
+    inside = _plan_file(registry, tmp_path).parent
+    (row,) = parquet.read_table(inside / "transitions.parquet").to_pylist()
+    assert (row["state"], row["in_force"], row["config"]) == ("local-cpu=3", "D1·P2·T1·B4", "D1·P2·T1·B4")
+    assert row["moved_bytes"] == 0
+    assert (inside / "plots" / "transitions.png").stat().st_size > 0
+    report = (inside / "report.md").read_text()
+    assert "nothing is lost" in report
+
+
+def test_a_book_of_the_first_version_is_still_served(registry: Registry, tmp_path: Path) -> None:
+    """Its checksum in the registry is that of the document that was registered."""
+    publish(registry, Release(book()), CHAMPION)
+    content = first_version(book())
+    _plan_file(registry, tmp_path).write_bytes(content)
+    with pytest.raises(PlanMismatch, match="another book"):
+        registry.load_plan(NAME)
+    mlflow.MlflowClient(registry.uri).set_model_version_tag(NAME, "1", "plan_sha256", stated_sha256(content))
+    assert registry.load_plan(NAME) == book()
 
 
 def test_promote_remembers_the_previous_champion_and_rollback_returns_to_it(registry: Registry) -> None:

@@ -68,6 +68,27 @@ async def test_streams_survive_notice_kill_addition_and_a_new_controller(checkpo
     assert not service.alive()
 
 
+@pytest.mark.slow
+async def test_a_crowd_uses_the_time_of_a_notice(checkpoint: str, tmp_path: Path) -> None:
+    shape = Shape(requests=20, prompt_tokens=(4, 40), output_tokens=(90, 110))
+    requests = [arrival.request for arrival in scenario(5, shape).arrivals]
+    reference = reference_streams(checkpoint, requests)
+    plan = tmp_path / "plan.json"
+    plan.write_bytes(given_plans(read_spec(checkpoint), {1: "1x1x1", 2: "2x1x1"}).to_bytes())
+    async with fleet(checkpoint, instances=2, plan=plan) as service, service.client() as client:
+        streams = [asyncio.create_task(collect(client, request)) for request in requests]
+        await asyncio.sleep(0.3)
+        await service.notice("i0", 2.5)
+        gone = await service.wait_event(lambda event: event.kind == "instance_dismissed")
+        async with asyncio.timeout(90):
+            delivered = await asyncio.gather(*streams)
+        layout = [event for event in service.events if event.kind == "layout"][-1]
+    assert all(not compare(reference[one.request_id], got) for one, got in zip(requests, delivered, strict=True))
+    assert "reconfiguration_holding" in {event.kind for event in service.events}
+    assert layout.data["seconds"]["hold"] > 0.5
+    assert gone.time_s > layout.time_s
+
+
 async def test_a_fleet_that_cannot_start_says_why(checkpoint: str, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text("{")

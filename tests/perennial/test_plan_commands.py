@@ -16,7 +16,7 @@ from flows.plan import open_registry
 from flows.publish import publish
 from flows.registry import CHAMPION, Release
 from perennial.commands import planning, plans
-from tests.flows.books import LOCAL, book, profile
+from tests.flows.books import LOCAL, book, journey, profile
 
 app = typer.Typer()
 planning.register(app)
@@ -51,6 +51,20 @@ def test_versions_are_listed_shown_compared_promoted_and_rolled_back(home: Path)
     assert registry.aliases(name)[CHAMPION] == "2"
     with pytest.raises(PerennialError, match="perennial plans list"):
         _run("plans", "show", "9")
+
+
+def test_a_state_is_explained_with_what_runs(home: Path) -> None:
+    publish(open_registry(str(home)), Release(journey(), profile()), CHAMPION)
+    shown = _run("plans", "show").stdout
+    assert "takes for granted: nothing is lost" in shown
+    assert "1 GB in 2 s, then 0.25 s of pause" in shown
+    assert "one local-cpu less: becomes D1·P2·T1·B4" in shown
+    staying = _run("plans", "show", "--state", "local-cpu=3", "--now", "D1·P2·T1·B4").stdout
+    assert "local-cpu=3: D1·P2·T1·B4 from D1·P2·T1·B4" in staying
+    assert "3 GB in 4 s, then 0.5 s of pause" in staying
+    assert "one local-cpu less: stays D1·P2·T1·B4" in staying
+    with pytest.raises(InvalidInput, match="write one like D2"):
+        _run("plans", "show", "--state", "local-cpu=3", "--now", "2x2")
 
 
 def test_an_empty_registry_says_how_to_fill_it(home: Path) -> None:

@@ -12,7 +12,7 @@ from data.errors import InvalidInput
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, PlanBook
-from planning.book import build_book
+from planning.book import Policy, build_book
 from planning.configs import Choice, Limits, choose
 from planning.costs import CostModel, LinkCost
 from planning.regression import Curve
@@ -98,6 +98,16 @@ def test_an_slo_is_kept_on_the_fewest_devices() -> None:
     assert missed.config == fastest.config
 
 
+def test_residency_is_what_there_is_memory_for() -> None:
+    config = ParallelConfig(1, 2, 1, 1)
+    part, whole = (costs().memory_bytes(config, 128, whole=whole) for whole in (False, True))
+    assert part < whole
+    for memory, residency in ((part, "shard"), (whole - 1, "shard"), (whole, "model")):
+        found = best(2, memory=memory, allowed=[(2, 1)], most_batch=1).estimate
+        assert found is not None
+        assert found.residency == residency
+
+
 def test_bursty_arrivals_wait_longer() -> None:
     rate = replace(REFERENCE, required_rps=15.0)
     calm, bursty = (best(1, objective=rate, allowed=[(1, 1)], arrival_cv=cv).estimate for cv in (0.1, 4.0))
@@ -137,3 +147,20 @@ def test_a_book_has_a_plan_for_every_state_and_says_what_less_means() -> None:
     assert mixed.estimate is not None
     assert mixed.estimate.memory_bytes <= memory
     assert PlanBook.from_bytes(book.to_bytes()) == book
+
+
+@pytest.mark.parametrize("policy", ["perennial", "spotserve"])
+def test_moves_between_neighbouring_states_are_predicted(policy: Policy) -> None:
+    memory = costs().memory_bytes(ParallelConfig(1, 2, 1, 1), 128)
+    kind = InstanceType("small", 1, "CPU", memory, 1e9, 1e9, 0.3, 0.1)
+    book = build_book(SPEC, ClusterSpec("one kind", (kind,), (5,)), costs(), replace(REFERENCE, slo_s=0.5), policy)
+    for plan in book.plans[1:]:
+        assert plan.config is not None
+        assert plan.estimate is not None
+        assert plan.estimate.price_usd_h == pytest.approx(0.1 * plan.config.devices)
+        (loss,) = book.losses(plan)
+        assert (loss.move is None) == (loss.config in (None, plan.config))
+        assert loss.move is None or " s of pause" in plan.fewer
+        assert plan.transitions == ()
+    with pytest.raises(InvalidInput, match="perennial, spotserve, hysteresis, journey"):
+        build_book(SPEC, ClusterSpec("x", (kind,), (1,)), costs(), REFERENCE, "best")  # type: ignore[arg-type]

@@ -116,6 +116,9 @@ def test_memory_is_that_of_the_fullest_position() -> None:
         needs.append(weights + 2 * 8 * 4 * kv_extent(SPEC, config, position).cells * 100 * 4)
     assert max(needs) + 1000 < model.memory_bytes(config, 100) < max(needs) + 1000 + 4 * 256 * 20 * 64
     assert model.memory_bytes(replace(config, max_batch=8), 100) > model.memory_bytes(config, 100)
+    fullest = max(need for need in needs)
+    whole = model.memory_bytes(config, 100, whole=True)
+    assert SPEC.weight_bytes < whole < SPEC.weight_bytes + fullest + 1000 + 4 * 256 * 20 * 64
 
 
 def test_a_profile_without_layers_is_refused() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import Infeasible
-from planning.policy import Problem, hysteretic, iterate, myopic, solve_exactly
+from planning.policy import Problem, Solution, decide, hysteretic, iterate, myopic, settled, solve_exactly
 
 
 def _problem(seed: int, most: int = 6, options: int = 5, dear: float = 30.0) -> Problem:
@@ -51,3 +51,32 @@ def test_a_flip_that_costs_more_than_it_brings_is_not_made() -> None:
 def test_running_nothing_must_always_be_possible() -> None:
     with pytest.raises(Infeasible, match="option 0"):
         Problem(np.zeros((2, 2)), np.array([[False, True], [True, True]]), np.zeros(2), np.zeros((2, 2)))
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["optimal", "myopic", "hysteresis"]))
+@settings(max_examples=30, deadline=None)
+def test_choosing_twice_is_choosing_once(seed: int, rule: str) -> None:
+    """Also where moving costs obey no triangle inequality and policies therefore make detours."""
+    problem = _problem(seed, most=4, options=6)
+    found = decide(problem, rule)  # type: ignore[arg-type]
+    rows = np.arange(len(problem.rates))[:, None]
+    once = settled(problem, found).choice
+    assert (once[rows, once] == once).all()
+    assert problem.fits[rows, once].all()
+    kept = found.choice[rows, found.choice] == found.choice
+    assert (once == found.choice)[kept].all()
+
+
+@given(st.data())
+def test_any_policy_can_be_settled(data: st.DataObject) -> None:
+    problem = _problem(data.draw(st.integers(0, 100)), most=3, options=5)
+    choice = np.array(
+        [
+            [data.draw(st.sampled_from([int(one) for one in np.flatnonzero(fits)])) for _ in problem.serving]
+            for fits in problem.fits
+        ]
+    )
+    rows = np.arange(len(choice))[:, None]
+    once = settled(problem, Solution(choice, 0.0)).choice
+    assert (once[rows, once] == once).all()
+    assert problem.fits[rows, once].all()

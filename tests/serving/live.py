@@ -16,9 +16,10 @@ import msgspec
 import psutil
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
+from data.explanation import Estimate
 from data.layout import ParallelConfig
 from data.models import ModelSpec
-from data.plan import Estimate, Objective, Plan, PlanBook
+from data.plan import Objective, Plan, PlanBook
 from perennial.ports import free_port
 from serving.api.client import Client
 from serving.engine.checkpoint import create_checkpoint

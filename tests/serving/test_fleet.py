@@ -228,7 +228,7 @@ async def test_plans_are_reloaded_and_bad_ones_refused(fleet: LiveFleet, undistu
     content = good.to_bytes()
     bad = {
         "checksum": content.replace(b"for a test", b"for a jest", 1),
-        "schema": content.replace(b'"schema_version":1', b'"schema_version":9'),
+        "schema": content.replace(b'"schema_version":2', b'"schema_version":9'),
         "garbage": b"{",
     }
     async with streams(fleet, undisturbed, "plan", hit="layout"), fleet.client() as client:

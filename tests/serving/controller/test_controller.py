@@ -65,7 +65,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no plan": (lambda s: Path(s.plan).unlink(), "cannot read the plan book"),
     "half a plan": (lambda s: truncate(Path(s.plan)), "plan book"),
     "an edited plan": (lambda s: edit(Path(s.plan), b"for a test", b"for a jest"), "checksum|sha256|damaged|altered"),
-    "a newer plan": (lambda s: edit(Path(s.plan), b'"schema_version":1', b'"schema_version":9'), "newer"),
+    "a newer plan": (lambda s: edit(Path(s.plan), b'"schema_version":2', b'"schema_version":9'), "newer"),
     "no journal": (lambda s: Path(s.journal).write_bytes(bytes(8192)), "not a usable journal"),
 }
 

@@ -113,6 +113,50 @@ async def test_a_notice_voids_a_preparation_that_counts_on_the_instance(
         await scene.layout("a")
 
 
+@pytest.mark.parametrize("crowd", [1, 2])
+async def test_the_old_layout_decodes_on_while_its_room_is_needed(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer, crowd: int
+) -> None:
+    """One replica of two instances runs four at once, and so does the one that is left."""
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a", "b")
+        await scene.layout("a", "b")
+        for number in range(4 * crowd):
+            await scene.request(f"r{number}")
+        noticed = asyncio.get_running_loop().time()
+        assert scene.fleet.membership.notice("b", 1.6, "api")
+        await scene.layout("a")
+        took_s = asyncio.get_running_loop().time() - noticed
+        assert ("reconfiguration_holding" in scene.kinds()) == (crowd > 1)
+        assert took_s < 0.5 if crowd == 1 else 0.5 < took_s < 1.6  # a second of the notice is left for the change
+
+
+async def test_the_old_layout_decodes_on_until_the_fleet_changes_again(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a", "b")
+        await scene.layout("a", "b")
+        for number in range(8):
+            await scene.request(f"r{number}")
+        assert scene.fleet.membership.notice("b", 60.0, "api")
+        await scene.until(lambda: "reconfiguration_holding" in scene.kinds())
+        await scene.add("c")
+        await scene.layout("a", "c")
+
+
+async def test_requests_that_end_let_the_change_go_on(tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=2) as scene:
+        await scene.add("a", "b")
+        await scene.layout("a", "b")
+        records = [await scene.request(f"r{number}") for number in range(8)]
+        assert scene.fleet.membership.notice("b", 60.0, "api")
+        await scene.until(lambda: "reconfiguration_holding" in scene.kinds())
+        for record in records[4:]:
+            scene.fleet.end(record, "abort")
+        await scene.layout("a")
+
+
 async def test_an_advised_instance_keeps_what_it_has_and_gets_nothing_new(
     tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
 ) -> None:

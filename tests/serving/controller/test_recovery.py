@@ -8,7 +8,7 @@ from data.layout import Device, ParallelConfig
 from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
 from serving.controller.records import Record
-from serving.controller.recovery import Recovery
+from serving.controller.recovery import Recovery, lost_with
 from serving.errors import Aborted
 from serving.requests import GenerationRequest
 from serving.telemetry import Metrics
@@ -62,9 +62,9 @@ async def test_stranded_requests_wait_for_two_attempts_and_are_then_replayed(
     recovery.strand(broken(dispatcher, 1, 11, 12))
     for _ in range(2):
         recovery.failed(list(recovery.stranded))
-        assert (dispatcher.waiting, recovery.count()) == (0, 0)
+        assert (dispatcher.waiting, recovery.replayed()) == (0, [])
     recovery.failed(list(recovery.stranded))
-    assert (dispatcher.waiting, recovery.count(), recovery.count()) == (2, 2, 0)
+    assert (dispatcher.waiting, recovery.replayed(), recovery.replayed()) == (2, [("uncopied", 2)] * 2, [])
     assert not recovery.stranded
 
 
@@ -75,7 +75,11 @@ async def test_what_an_attempt_did_not_restore_is_replayed_and_others_wait_on(
         recovery.strand(broken(dispatcher, number, *keys))
     first, second = recovery.stranded
     first.records.pop(11)  # restored
-    assert recovery.settle([first]) == [1]
+    first.copied = True
+    assert recovery.settle([first], tried=True) == [1]
+    second.copied = True
+    assert recovery.replayed() == [("unseated", 2)]
+    assert lost_with(second) == "copied"
     assert (dispatcher.waiting, recovery.stranded) == (1, [second])
 
 
@@ -84,10 +88,11 @@ async def test_the_unlucky_are_given_up_with_a_sentence_and_the_ended_left_alone
 ) -> None:
     (record,) = broken(dispatcher, 1, 11).records.values()
     for _ in range(2):
-        recovery.replay([record])
+        recovery.replay([record], "copied")
         assert record.replayed == 2
-    recovery.replay([record])
+    recovery.replay([record], "copied")
     assert isinstance(record.failure, Aborted)
     assert "after 2 recoveries with 2 tokens" in str(record.failure)
-    recovery.replay([record])
-    assert (recovery.count(), record.recoveries) == (2, 3)
+    recovery.replay([record], "copied")
+    assert recovery.replayed() == [("copied", 2), ("copied", 0)], "what was being computed again counts once"
+    assert record.recoveries == 3
