@@ -12,6 +12,7 @@ from rich.console import Console
 
 from data.errors import InvalidInput
 from perennial.fleet import Fleet, with_ports
+from perennial.models import checkpoint_fields
 from perennial.settings import Settings, load_settings
 from serving.errors import PerennialError
 from serving.settings import EngineSettings, ServingSettings
@@ -26,7 +27,7 @@ _STABLE_S = 60.0
 class ServeOptions:
     """The options of `perennial serve`."""
 
-    checkpoint: Path
+    checkpoint: list[str]
     plan: Path | None
     registry: str
     model: str
@@ -64,17 +65,16 @@ def run(options: ServeOptions) -> int:
 
 
 def _configuration(options: ServeOptions, settings: Settings) -> ServingSettings:
-    if not (options.checkpoint / "config.json").is_file():
-        raise InvalidInput(
-            f"{options.checkpoint} is not a checkpoint: it has no config.json; see `perennial make-checkpoint`"
-        )
+    models = checkpoint_fields(options.checkpoint)
+    if "checkpoints" in models and options.plan is None:
+        raise InvalidInput("several models are served by a plan book of theirs: make one with `perennial plan-groups`")
     if options.plan is not None and not options.plan.is_file():
         raise InvalidInput(f"there is no plan book {options.plan}; make one with `perennial plan`")
     registry = {} if options.plan else {"registry": options.registry or settings.registry_uri}
     model = {} if options.plan else {"registry_model": options.model or _only_plan(options, settings)}
     return settings.serving(
         engine=engine_settings(options.device, options.dtype, options.kv_memory_bytes),
-        checkpoint=str(options.checkpoint.absolute()),
+        **models,
         plan=str(options.plan.absolute()) if options.plan else "",
         host=options.host,
         grpc_port=options.port,
@@ -90,7 +90,7 @@ def _only_plan(options: ServeOptions, settings: Settings) -> str:
     from flows.registry import Registry, plan_name
     from serving.engine.weights import read_spec
 
-    prefix = plan_name(read_spec(str(options.checkpoint)).name, "x").removesuffix("x")
+    prefix = plan_name(read_spec(options.checkpoint[0]).name, "x").removesuffix("x")
     registry = Registry(options.registry or settings.registry_uri, settings.home / "mlflow-artifacts")
     names = sorted({one.name for one in registry.list_plans() if one.name.startswith(prefix)})
     if len(names) != 1:
@@ -137,9 +137,12 @@ async def _serve(fleet: Fleet, local: int) -> int:
 
 def _announce(console: Console, fleet: Fleet, local: int) -> None:
     settings = fleet.settings
-    console.print(f"serving {settings.checkpoint} at [bold]{fleet.address}[/bold] (gRPC), {local} local instances")
+    console.print(
+        f"serving {', '.join(settings.models.values())} at [bold]{fleet.address}[/bold] (gRPC), {local} local instances"
+    )
     console.print(f"metrics at http://{settings.host}:{settings.metrics_port}/metrics")
-    joining = f"--controller {settings.host}:{settings.control_port} --checkpoint {settings.checkpoint}"
+    models = " ".join(f"--checkpoint {name}{'=' if name else ''}{path}" for name, path in settings.models.items())
+    joining = f"--controller {settings.host}:{settings.control_port} {models}"
     console.print(f"agents join with: perennial agent {joining} --type {fleet.instance_type}", soft_wrap=True)
     console.print("Ctrl-C drains")
 

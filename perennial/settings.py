@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     address: str = ""  # of a running service; empty: the one that `perennial serve` started in this home
     registry: str = ""  # MLflow tracking URI; empty: SQLite in this home
     timeouts: dict[str, float] = Field(default_factory=dict)
-    capacity: dict[str, int] = Field(default_factory=dict)
+    capacity: dict[str, Any] = Field(default_factory=dict)
     engine: dict[str, Any] = Field(default_factory=dict)
 
     @property

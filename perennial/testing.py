@@ -25,8 +25,10 @@ from data.explanation import Estimate
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, Plan, PlanBook
+from data.shared_plan import SharedPlanBook
 from perennial.comparison import Difference, agreement, compare, indexed
 from perennial.fleet import Fleet, Instance, StartFailed, with_ports
+from perennial.models import given_groups
 from perennial.processes import Start, start_command
 from perennial.reference import reference_streams
 from serving.api.client import Client
@@ -46,6 +48,7 @@ __all__ = [
     "collect",
     "compare",
     "fleet",
+    "given_groups",
     "given_plans",
     "indexed",
     "reference_streams",
@@ -61,11 +64,11 @@ class Leftovers(PerennialError):
 
 @asynccontextmanager
 async def fleet(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Mapping[str, str | Path],
     *,
     instances: int = 4,
     devices_per_instance: int = 1,
-    plan: PlanBook | str | Path | None = None,
+    plan: PlanBook | SharedPlanBook | str | Path | None = None,
     home: str | Path | None = None,
     instance_type: str = "local-cpu",
     start_timeout_s: float = 120.0,
@@ -75,6 +78,7 @@ async def fleet(
 ) -> AsyncIterator[Fleet]:
     """A service over `instances` instances, ready when the block begins and gone when it has ended.
 
+    `checkpoint` is one folder, or several by the names of their models, which then need a plan of `given_groups`.
     `plan` is a plan book or its file; None runs `LADDER`, or what the `registry` among the settings says.
     `home` keeps settings, journal and logs (a temporary directory by default); `gpus` are shared by all
     instances, which otherwise have their own. `start` starts the processes (`perennial.nursery` has a quick
@@ -84,7 +88,7 @@ async def fleet(
     """
     with ExitStack() as stack:
         folder = str(home or stack.enter_context(tempfile.TemporaryDirectory(prefix="perennial-")))
-        configuration = _configuration(str(checkpoint), folder, plan, devices_per_instance, settings)
+        configuration = _configuration(checkpoint, folder, plan, devices_per_instance, settings)
         service = Fleet(
             with_ports(configuration),
             home=folder,
@@ -138,20 +142,29 @@ async def collect(client: Client, request: GenerationRequest) -> list[tuple[int,
         deadline_s=request.deadline_s,
         resumable=request.resumable,
         detokenize=request.detokenize,
+        model=request.model,
     )
     async with aclosing(chunks):
         return [pair async for chunk in chunks for pair in indexed([chunk])]
 
 
 def _configuration(
-    checkpoint: str, home: str, plan: PlanBook | str | Path | None, devices: int, settings: dict[str, Any]
+    checkpoint: str | Path | Mapping[str, str | Path],
+    home: str,
+    plan: PlanBook | SharedPlanBook | str | Path | None,
+    devices: int,
+    settings: dict[str, Any],
 ) -> ServingSettings:
     folder = Path(home).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if plan is None and "registry" not in settings:
-        plan = given_plans(read_spec(checkpoint), LADDER, devices_per_instance=devices)
+    if isinstance(checkpoint, Mapping):
+        models: dict[str, Any] = {"checkpoints": {name: str(Path(one).absolute()) for name, one in checkpoint.items()}}
+    else:
+        models = {"checkpoint": str(Path(checkpoint).absolute())}
+        if plan is None and "registry" not in settings:
+            plan = given_plans(read_spec(str(checkpoint)), LADDER, devices_per_instance=devices)
     defaults = {
-        "checkpoint": str(Path(checkpoint).absolute()),
+        **models,
         "journal": str(folder / "journal.sqlite"),
         "ready_file": str(folder / "ready.json"),
         "token": secrets.token_urlsafe(16),
@@ -160,8 +173,8 @@ def _configuration(
     return ServingSettings(**{**defaults, **settings})
 
 
-def _plan_file(book: PlanBook | str | Path, folder: Path) -> str:
-    if not isinstance(book, PlanBook):
+def _plan_file(book: PlanBook | SharedPlanBook | str | Path, folder: Path) -> str:
+    if not isinstance(book, PlanBook | SharedPlanBook):
         return str(Path(book).absolute())
     path = folder / "plan.json"
     path.write_bytes(book.to_bytes())

@@ -64,7 +64,7 @@ def assign(
         inherits = _inheritance(old, new, kv_tokens, dict(kept))
     if old is not None:
         kv_bytes = 2 * spec.head_dim * (kv_element_bytes or spec.dtype_bytes)
-        values = values + kv_bytes * _kv_reuse(spec, old, new, usable, kv_tokens, inherits)
+        values = values + kv_bytes * kv_reuse(spec, old, new, usable, kv_tokens, inherits)
     rows = _fill(values, _preference(old, new, usable), usable, new, _fixed_rows(old, new, usable, kept))
     layout = Layout(new, tuple(usable[row] for row in rows))
     return MappedLayout(layout, tuple(inherits), kept, matched_value(values, rows))
@@ -119,7 +119,7 @@ def _overlap(layer: Matrix, roles: Matrix) -> Matrix:
     return overlap
 
 
-def _kv_reuse(
+def kv_reuse(
     spec: ModelSpec,
     old: Layout,
     new: ParallelConfig,
@@ -127,7 +127,9 @@ def _kv_reuse(
     kv_tokens: Sequence[int],
     inherits: Sequence[int],
 ) -> Matrix:
-    """Live (layer, KV head, token) cells that device i already holds of position j."""
+    """Live (layer, KV head, token) cells that device i already holds of position j of the new replica that goes on
+    with what it holds.
+    """
     held = {device: position for position, device in old.bound()}
     result = np.zeros((len(devices), new.devices), dtype=np.int64)
     wanted = _cells(spec, new, list(new.positions()))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
-from data.layout import Device, ParallelConfig
+from data.deployment import Deployment
+from data.layout import Device
+from planning.sharing import live_groups
 from planning.transition import LiveReplica
 
 
 def dependable(
-    usable: Sequence[Device], advised: Collection[Device], *, live: Sequence[LiveReplica], target: ParallelConfig
+    usable: Sequence[Device], advised: Collection[Device], *, live: Sequence[LiveReplica], target: Deployment
 ) -> tuple[Device, ...]:
     """Usable devices without the advised ones, as far as `target` can do without them.
 
-    A replica of the target's own shape stays where it is, on advised devices too: an advice is no notice.
+    A group that the target wants stays where it is, on advised devices too: an advice is no notice.
     Where the others do not suffice, whole advised instances are added until they do.
     """
-    shape = replace(target, replicas=1)
-    intact = [one for one in live if one.config == shape and set(one.devices) <= set(usable)]
+    intact = [one for one in live_groups(live) if one.group in target.groups and set(one.devices) <= set(usable)]
     staying = {device for one in intact for device in one.devices}
     chosen = [device for device in usable if device not in advised or device in staying]
     for instance in dict.fromkeys(device.instance for device in usable if device in advised):
@@ -29,7 +29,7 @@ def dependable(
 
 
 def spare_ranks(spares: int, ranks: int, advised: Sequence[int]) -> tuple[int, ...]:
-    """Which rank of a replica of `ranks` each of `spares` spare devices gets ready for.
+    """Which of `ranks` ranks each of `spares` spare devices gets ready for.
 
     First those whose devices are likely to go (`advised`), each once, then all in turn.
     """

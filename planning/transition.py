@@ -1,7 +1,7 @@
 """What has to change to get from the replicas that live now to a target configuration.
 
-Replicas have numbers that are never reused. All live replicas share one shape, because whatever a
-transition does not keep it retires.
+Replicas have numbers that are never reused. All live replicas of a fleet of one model share one shape, because
+whatever a transition does not keep it retires; groups of several models are `planning.sharing`'s.
 """
 
 from __future__ import annotations
@@ -17,30 +17,37 @@ from planning.resharding import Box, WeightPlan, weight_boxes, weight_transfers
 
 @dataclass(frozen=True, slots=True)
 class LiveReplica:
-    """A replica whose devices all work: its devices in (stage, shard) order and its cached tokens."""
+    """A replica whose devices all work: its devices in (stage, shard) order and its cached tokens.
+
+    Replicas on the same devices are a group. `config` describes one replica.
+    """
 
     number: int
     config: ParallelConfig
     devices: tuple[Device, ...]
     cached_tokens: int = 0
+    model: str = ""
+    kv_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class NewReplica:
-    """A replica to be built, and the retired replicas whose requests it goes on with."""
+    """A replica to be built as `config` says, and the retired replicas whose requests it goes on with."""
 
     devices: tuple[Device, ...]
     inherits: tuple[int, ...]
+    config: ParallelConfig
+    model: str = ""
+    kv_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """`keep` goes on untouched, `retire` stops, `new` is built; `config` describes one new replica.
+    """`keep` goes on untouched, `retire` stops, `new` is built.
 
     `needed` are the boxes that each device of a new replica must hold, `weights` where they come from.
     """
 
-    config: ParallelConfig
     keep: tuple[int, ...]
     retire: tuple[int, ...]
     new: tuple[NewReplica, ...]
@@ -87,13 +94,13 @@ def plan_transition(
         NewReplica(
             mapped.layout.replica_devices(index),
             tuple(ordered[before].number for before, heir in enumerate(mapped.inherits) if heir == index),
+            replace(target, replicas=1),
         )
         for index in range(target.replicas)
         if index not in kept
     )
     needed = _needed(spec, replace(target, stages=1, shards=1, partition=()) if whole else target, new)
     return Transition(
-        config=replace(target, replicas=1),
         keep=keep,
         retire=tuple(replica.number for replica in ordered if replica.number not in keep),
         new=new,

@@ -1,7 +1,8 @@
 """The control plane's messages: one struct each, one serializer (msgpack), no code in the data.
 
 Devices are written `instance/index`. `replica` is a number that is never used twice, so a late
-message of a retired replica cannot be mistaken for a live one; `epoch` likewise.
+message of a retired replica cannot be mistaken for a live one; `epoch` likewise. Replicas of several models
+that share the devices of a group share a step loop: what concerns the loop may name any of them.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Preloaded(Message):
 
 
 class Residents(Message):
-    """The leader goes on; at this step boundary these sequences have KV."""
+    """The leader goes on; at this step boundary these sequences of its group have KV."""
 
     epoch: int
     replica: int
@@ -125,7 +126,7 @@ class Residents(Message):
 
 
 class Paused(Message):
-    """The leader stopped at a step boundary; these sequences have KV, all others have none."""
+    """The leader stopped at a step boundary; these sequences of its group have KV, all others have none."""
 
     replica: int
     sequences: list[Resident]
@@ -155,17 +156,17 @@ class Holdings(Message):
 
 
 class Seat(msgspec.Struct, frozen=True, array_like=True):
-    """Blocks set aside for a sequence."""
+    """Blocks of `replica` set aside for a sequence."""
 
     key: int
+    replica: int
     blocks: list[int]
 
 
 class Reserved(Message):
-    """Seats for sequences that join a running replica; those without one found no room."""
+    """Seats for sequences that join running replicas of a group; those without one found no room."""
 
     epoch: int
-    replica: int
     seats: list[Seat]
 
 
@@ -240,17 +241,27 @@ class WeightPieces(msgspec.Struct, frozen=True, array_like=True):
     boxes: list[Box]
 
 
-class Role(msgspec.Struct, frozen=True, array_like=True):
-    """A worker's position: member `rank` of `members` (stage-major; rank 0 leads) of a replica."""
+class Hosted(msgspec.Struct, frozen=True, array_like=True):
+    """A replica as a member of its group: of which model, for how many requests, with how much KV."""
 
     replica: int
+    model: str
+    max_batch: int
+    partition: list[int]
+    kv_blocks: int
+
+
+class Role(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's position: member `rank` of `members` (stage-major; rank 0 leads) of a group.
+
+    `hosted` are the replicas that share the group's devices, one of each model.
+    """
+
     members: list[str]
     rank: int
     stages: int
     shards: int
-    max_batch: int
-    partition: list[int]
-    kv_blocks: int
+    hosted: list[Hosted]
 
 
 class Prepare(Message):
@@ -269,7 +280,7 @@ class Prepare(Message):
 
 
 class Pause(Message):
-    """To a leader: stop replica at the next step boundary and report `Paused`."""
+    """To a leader: stop at the next step boundary and report `Paused`."""
 
     replica: int
 
@@ -295,17 +306,17 @@ class Survey(Message):
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True):
-    """Room for `tokens` tokens of sequence `key`."""
+    """Room for `tokens` tokens of sequence `key` in `replica`."""
 
     key: int
+    replica: int
     tokens: int
 
 
 class Reserve(Message):
-    """To the leader of a running replica: set blocks aside for sequences that will join it in `epoch`."""
+    """To the leader of running replicas: set blocks aside for sequences that will join them in `epoch`."""
 
     epoch: int
-    replica: int
     wanted: list[Wanted]
 
 
@@ -352,8 +363,9 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Adoption(msgspec.Struct, frozen=True, array_like=True):
-    """A request whose KV was moved in, with its block table there."""
+    """A request whose KV was moved into `replica`, with its block table there."""
 
+    replica: int
     assignment: Assignment
     cached_tokens: int
     blocks: list[int]
@@ -373,7 +385,10 @@ class Switch(Message):
 
 
 class Retire(Message):
-    """Drop these replicas' loops, caches and groups now, whatever they are doing. Weights stay."""
+    """Drop these replicas' loops, caches and groups now, whatever they are doing. Weights stay.
+
+    Replicas of one group end together.
+    """
 
     replicas: list[int]
 

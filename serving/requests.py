@@ -34,7 +34,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request as admitted: token ids, never text.
+    """One request as admitted: token ids, never text. `model` is "" where only one is served.
 
     `deadline_s` counts from admission. A `resumable` request outlives its client's connection for
     the orphan grace of the settings; any other is aborted when its stream is dropped.
@@ -47,6 +47,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     resumable: bool = False
     detokenize: bool = True
+    model: str = ""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -91,16 +92,27 @@ class InstanceInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PositionInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One bound position of the layout in force."""
+    """One bound position of the layout in force; `model` is "" where only one is served."""
 
     replica: int
     stage: int
     shard: int
     device: str
+    model: str = ""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is served, and how many live replicas it has."""
+
+    name: str
+    family: str
+    max_positions: int
+    vocab: int
+    replicas: int
 
 
 class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is being served, by whom, right now."""
+    """What is being served, by whom, right now. `model` to `vocab` are those of the first of `models`."""
 
     model: str
     family: str
@@ -117,3 +129,4 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     plan_source: str
     plan_sha256: str
     plan_version: str
+    models: tuple[ModelInfo, ...] = ()

@@ -43,6 +43,7 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     transfer_bytes: int = 64 << 20  # largest single point-to-point message
     window_bytes: int = 768 << 20  # of GPU memory that workers of other GPUs of the host read
     copy_share: float = 0.5  # of the time, moving KV while replicas decode
+    admission: str = "queue"  # refuse when the queue is full; "slo": also what would miss its deadline everywhere
 
 
 class Replication(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,9 +79,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Handed to controller, agents and workers as one JSON file."""
+    """Handed to controller, agents and workers as one JSON file.
 
-    checkpoint: str
+    A fleet serves one `checkpoint`, or several `checkpoints`: folders by the names that requests ask for.
+    """
+
+    checkpoint: str = ""
+    checkpoints: dict[str, str] = {}
     journal: str
     token: str  # join token of agents and workers
     host: str = "127.0.0.1"
@@ -98,10 +103,19 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
     replication: Replication = Replication()
     engine: EngineSettings = EngineSettings()
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Checkpoint folders by model name; the only model has the name ""."""
+        return self.checkpoints or {"": self.checkpoint}
+
 
 def _check(settings: ServingSettings) -> ServingSettings:
     if settings.engine.residency not in ("shard", "model", "plan"):
         raise InvalidInput(f"residency {settings.engine.residency!r} is unknown; choose shard, model or plan")
+    if settings.capacity.admission not in ("queue", "slo"):
+        raise InvalidInput(f"admission {settings.capacity.admission!r} is unknown; choose queue or slo")
+    if bool(settings.checkpoint) == bool(settings.checkpoints) or "" in settings.checkpoints:
+        raise InvalidInput("the settings need either one checkpoint or several named checkpoints")
     return settings
 
 

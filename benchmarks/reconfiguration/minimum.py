@@ -72,7 +72,7 @@ class World:
             for new in transition.new
             for one in live
             if one.number in new.inherits and one.number in transition.retire
-            for item in self._routes(transition.config, new, one)
+            for item in self._routes(new.config, new, one)
         ]
         moving = [item for item in kv if item[0] != item[1]]
         return Least(
@@ -102,7 +102,7 @@ class World:
         for new in transition.new:
             self._born += 1
             cached = sum(tokens[number] for number in new.inherits)
-            after.append(LiveReplica(self._born, transition.config, new.devices, cached))
+            after.append(LiveReplica(self._born, new.config, new.devices, cached))
         self.live = tuple(after)
         for position in data["positions"]:
             device = parsed(position["device"])

@@ -30,6 +30,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    model: Annotated[str, typer.Option(help="Which one, where several are served.")] = "",
     deadline: Annotated[float | None, typer.Option(help="Seconds until the answer must be complete.")] = None,
     request_id: Annotated[str, typer.Option(help="Name of the request, to come back to it.")] = "",
     resume_from: Annotated[int | None, typer.Option(help="Attach to --request-id from this output token on.")] = None,
@@ -49,7 +50,9 @@ def generate(
         chunks = (
             client.attach(request_id, resume_from)
             if resume_from is not None
-            else client.stream(text, sampling=sampling, limits=limits, request_id=request_id, deadline_s=deadline)
+            else client.stream(
+                text, sampling=sampling, limits=limits, request_id=request_id, deadline_s=deadline, model=model
+            )
         )
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -88,14 +91,15 @@ def drain(
 
 def _print_status(info: ServerInfo) -> None:
     console = Console()
-    console.print(f"[bold]{info.model}[/bold] {info.state}, epoch {info.epoch}, {info.config or 'no layout in force'}")
+    names = ", ".join(f"{one.name} ({one.replicas})" for one in info.models) if len(info.models) > 1 else info.model
+    console.print(f"[bold]{names}[/bold] {info.state}, epoch {info.epoch}, {info.config or 'no layout in force'}")
     version = f" version {info.plan_version}" if info.plan_version else ""
     console.print(f"plan {info.plan_source}{version} ({info.plan_sha256[:12]})")
     console.print(f"{info.running} running, {info.waiting} waiting, KV {info.kv_usage:.0%} in use")
     table = Table("instance", "type", "state", "positions")
     for one in info.instances:
         held = [
-            f"r{position.replica}·p{position.stage}·t{position.shard}"
+            f"{position.model}{':' if position.model else ''}r{position.replica}·p{position.stage}·t{position.shard}"
             for position in info.positions
             if position.device.rpartition("/")[0] == one.instance
         ]

@@ -36,6 +36,24 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(profile)
     app.command()(plan)
+    app.command("plan-groups")(plan_groups)
+
+
+def plan_groups(
+    groups: Annotated[Path, typer.Argument(help="JSON: which models share which groups, by number of instances.")],
+    checkpoint: Annotated[list[str], typer.Option(help="NAME=FOLDER of every model; repeated.")],
+    out: Annotated[Path, typer.Option(help="Where the plan book goes.")],
+) -> None:
+    """Write a plan book for several models that share a fleet, from groups that are told."""
+    from perennial.models import checkpoint_fields, read_groups
+
+    named = checkpoint_fields(checkpoint).get("checkpoints")
+    if named is None:
+        raise InvalidInput("every checkpoint needs a name here: --checkpoint NAME=FOLDER")
+    book = read_groups(groups, named)
+    out.write_bytes(book.to_bytes())
+    for plan in book.plans:
+        Console().print(f"{plan.state.key}: {plan.deployment}", markup=False)
 
 
 def profile(

@@ -13,7 +13,9 @@ import typer
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; empty: the device's usual one.")]
 KvMemory = Annotated[int, typer.Option("--kv-memory-mb", min=1, help="Memory for KV on each device.")]
-Checkpoint = Annotated[Path, typer.Option(help="Folder of a Hugging Face checkpoint.")]
+Checkpoint = Annotated[
+    list[str], typer.Option(help="Folder of a Hugging Face checkpoint; for several models NAME=FOLDER, repeated.")
+]
 InstanceType = Annotated[str, typer.Option("--type", help="Instance type, as the plan book names it.")]
 Devices = Annotated[int, typer.Option(min=1, help="Devices of each instance.")]
 
@@ -40,7 +42,7 @@ def serve(
     control_port: Annotated[int, typer.Option(min=0, max=65535, help="For agents; 0: a free one.")] = 0,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Prometheus; 0: a free one.")] = 0,
 ) -> None:
-    """Serve a checkpoint by a plan book; Ctrl-C drains, a second one stops at once."""
+    """Serve checkpoints by a plan book; Ctrl-C drains, a second one stops at once."""
     from perennial.serve import ServeOptions, run
 
     sys.exit(
@@ -85,6 +87,7 @@ def agent(
 ) -> None:
     """Join this machine to a service as one instance. SIGTERM is a preemption notice."""
     from data.errors import InvalidInput
+    from perennial.models import checkpoint_fields
     from perennial.serve import engine_settings
     from perennial.settings import load_settings
     from serving import settings as serving_settings
@@ -92,11 +95,10 @@ def agent(
     settings = load_settings()
     if not controller.rpartition(":")[2].isdigit():
         raise InvalidInput(f"--controller takes host:port, not {controller!r}")
-    if not (checkpoint / "config.json").is_file():
-        raise InvalidInput(f"{checkpoint} is not a checkpoint: it has no config.json")
+    models = checkpoint_fields(checkpoint)
     token = token_file.read_text(encoding="ascii").strip() if token_file else settings.join_token()
     configuration = settings.serving(
-        checkpoint=str(checkpoint.absolute()),
+        **models,
         host=host,
         token=token,
         engine=engine_settings(device, dtype, kv_memory_mb << 20),

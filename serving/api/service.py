@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Protocol, TypeVar
 
 from data.models import ModelSpec
 from data.plan import PlanBook
+from data.shared_plan import SharedPlanBook
 from serving.requests import Chunk, Event, GenerationRequest, ServerInfo
 
 Item_co = TypeVar("Item_co", covariant=True)
@@ -31,10 +32,11 @@ class Stream(Protocol[Item_co]):
 class Service(Protocol):
     """The controller as its front end sees it. All methods run on one asyncio loop.
 
-    Errors are those of `serving.errors`; every one carries a sentence for the caller.
+    `specs` are the models by the names that admitted requests have: "" for the only one. Errors are those of
+    `serving.errors`; every one carries a sentence for the caller.
     """
 
-    spec: ModelSpec
+    specs: Mapping[str, ModelSpec]
 
     async def submit(self, request: GenerationRequest) -> Stream[Chunk]:
         """Admit and journal a request, and return its stream.
@@ -60,7 +62,7 @@ class Service(Protocol):
         """What is being served right now."""
         ...
 
-    def plan_book(self) -> PlanBook:
+    def plan_book(self) -> PlanBook | SharedPlanBook:
         """The plan book in force."""
         ...
 
@@ -83,10 +85,10 @@ class Service(Protocol):
         """Events with a sequence number above `since`, then live ones, for ever."""
         ...
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
+    def decode(self, token_ids: tuple[int, ...], model: str) -> str:
         """Text of token ids."""
         ...
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, model: str) -> tuple[int, ...]:
         """Token ids of text, with the model's special tokens."""
         ...

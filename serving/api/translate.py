@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from data.plan import PlanBook
+from data.shared_plan import SharedPlanBook
 from serving.api.generated import control_pb2, inference_pb2
 from serving.requests import Chunk, Event, FinishReason, GenerationRequest, Limits, Sampling, ServerInfo, TopLogprob
 
@@ -90,6 +91,7 @@ def info_message(info: ServerInfo) -> control_pb2.GetServerInfoResponse:
     fields = msgspec.structs.asdict(info)
     fields["positions"] = [control_pb2.Position(**msgspec.structs.asdict(position)) for position in info.positions]
     fields["instances"] = [control_pb2.Instance(**msgspec.structs.asdict(instance)) for instance in info.instances]
+    fields["models"] = [control_pb2.Model(**msgspec.structs.asdict(model)) for model in info.models]
     return control_pb2.GetServerInfoResponse(**fields)
 
 
@@ -98,15 +100,16 @@ def info_value(message: control_pb2.GetServerInfoResponse) -> ServerInfo:
     fields = {name: getattr(message, name) for name in ServerInfo.__struct_fields__}
     fields["positions"] = [_fields(position) for position in message.positions]
     fields["instances"] = [_fields(instance) for instance in message.instances]
+    fields["models"] = [_fields(model) for model in message.models]
     return msgspec.convert(fields, ServerInfo)
 
 
-def _fields(message: control_pb2.Position | control_pb2.Instance) -> dict[str, Any]:
+def _fields(message: control_pb2.Position | control_pb2.Instance | control_pb2.Model) -> dict[str, Any]:
     names = (field for field in message.DESCRIPTOR.fields if not field.has_presence or message.HasField(field.name))
     return {field.name: getattr(message, field.name) for field in names}
 
 
-def plan_message(book: PlanBook, info: ServerInfo) -> control_pb2.GetPlanResponse:
+def plan_message(book: PlanBook | SharedPlanBook, info: ServerInfo) -> control_pb2.GetPlanResponse:
     """A plan book on the wire, with where it came from."""
     return control_pb2.GetPlanResponse(
         plan_json=book.to_bytes(), sha256=book.sha256, source=info.plan_source, version=info.plan_version

@@ -27,11 +27,10 @@ def _require(condition: bool, message: str) -> None:
 def generation_request(
     message: inference_pb2.GenerateRequest, service: Service, call_remaining_s: float | None
 ) -> GenerationRequest:
-    """The request to admit. Raises `InvalidInput`, or `NotFound` for another model's name."""
-    spec = service.spec
-    if message.model and message.model != spec.name:
-        raise NotFound(f"Model {message.model!r} is not served here; this server has {spec.name!r}.")
-    prompt = _prompt(message, service)
+    """The request to admit. Raises `InvalidInput`, or `NotFound` for the name of a model that is not served."""
+    model = _model(message, service)
+    spec = service.specs[model]
+    prompt = _prompt(message, service, model)
     room = spec.max_positions - len(prompt)
     _require(
         room > 0, f"The prompt has {len(prompt)} tokens; the context of {spec.max_positions} leaves no room to answer."
@@ -47,7 +46,20 @@ def generation_request(
         deadline_s=_deadline_s(message, call_remaining_s),
         resumable=message.resumable,
         detokenize=detokenize,
+        model=model,
     )
+
+
+def _model(message: inference_pb2.GenerateRequest, service: Service) -> str:
+    """The key in `service.specs` of the model that a request asks for."""
+    keys = {spec.name: key for key, spec in service.specs.items()}
+    names = ", ".join(map(repr, keys))
+    if message.model:
+        if message.model not in keys:
+            raise NotFound(f"Model {message.model!r} is not served here; this server has {names}.")
+        return keys[message.model]
+    _require(len(keys) == 1, f"The request names no model; this server has {names}.")
+    return next(iter(keys.values()))
 
 
 def request_id(value: str) -> str:
@@ -62,16 +74,17 @@ def seconds(value: float, name: str) -> float:
     return value
 
 
-def _prompt(message: inference_pb2.GenerateRequest, service: Service) -> tuple[int, ...]:
+def _prompt(message: inference_pb2.GenerateRequest, service: Service, model: str) -> tuple[int, ...]:
+    spec = service.specs[model]
     _require(message.WhichOneof("prompt") is not None, "The prompt is missing; set text or token_ids.")
     if message.HasField("text"):
         # a token is never longer than some hundred bytes, so a text of this size cannot fit: do not tokenize it
-        too_long = len(message.text) > 1024 * service.spec.max_positions
-        _require(not too_long, f"The prompt is far over the context of {service.spec.max_positions} tokens.")
-        prompt = tuple(service.encode(message.text)) if message.text else ()
+        too_long = len(message.text) > 1024 * spec.max_positions
+        _require(not too_long, f"The prompt is far over the context of {spec.max_positions} tokens.")
+        prompt = tuple(service.encode(message.text, model)) if message.text else ()
     else:
         prompt = tuple(message.token_ids.ids)
-        _check_ids(prompt, service.spec, "prompt")
+        _check_ids(prompt, spec, "prompt")
     _require(len(prompt) > 0, "The prompt is empty; send at least one token.")
     return prompt
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -12,15 +12,16 @@ from tokenizers import Tokenizer
 from data.errors import CorruptData, InvalidInput
 from data.models import ModelSpec
 from data.plan import PlanBook
+from data.shared_plan import SharedPlanBook
 from serving.controller.events import EventLog
 from serving.controller.fleet import Fleet
 from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
-from serving.controller.plans import PlanSource, read_plan_file
+from serving.controller.plans import PlanSource, check_book, read_plan_file
 from serving.controller.records import Record
-from serving.engine.weights import CheckpointReader, read_spec
-from serving.errors import NotFound, PerennialError, PlanMismatch, QueueFull, Unavailable
-from serving.requests import Chunk, Event, GenerationRequest, PositionInfo, ServerInfo
+from serving.engine.checkpoints import Checkpoints
+from serving.errors import Aborted, NotFound, PerennialError, PlanMismatch, QueueFull, Unavailable
+from serving.requests import Chunk, Event, GenerationRequest, ModelInfo, PositionInfo, ServerInfo
 from serving.settings import ServingSettings
 from serving.telemetry import Metrics
 
@@ -35,16 +36,21 @@ class Controller:
     """Implements `serving.api.service.Service`. Create it with `open`, end it with `close`."""
 
     def __init__(
-        self, settings: ServingSettings, spec: ModelSpec, tokenizer: Tokenizer, book: PlanBook, version: str
+        self,
+        settings: ServingSettings,
+        specs: Mapping[str, ModelSpec],
+        tokenizers: Mapping[str, Tokenizer],
+        book: PlanBook | SharedPlanBook,
+        version: str,
     ) -> None:
-        self.spec, self.metrics, self.log = spec, Metrics(), EventLog()
-        self._settings, self._tokenizer = settings, tokenizer
+        self.specs, self.metrics, self.log = specs, Metrics(), EventLog()
+        self._settings, self._tokenizers = settings, tokenizers
         self._plan_version = version
         self._journal = Journal(settings.journal)
-        self._ledger = Ledger(self._journal, tokenizer, self.metrics, finished_kept=settings.capacity.finished_kept)
+        self._ledger = Ledger(self._journal, tokenizers, self.metrics, finished_kept=settings.capacity.finished_kept)
         self.fleet = Fleet(
             settings,
-            spec,
+            specs,
             book,
             journal=self._journal,
             ledger=self._ledger,
@@ -57,13 +63,13 @@ class Controller:
 
     @classmethod
     async def open(cls, settings: ServingSettings) -> tuple[Controller, int]:
-        """Load checkpoint, plan and journal, resume what is unfinished; returns the control port too."""
+        """Load checkpoints, plan and journal, resume what is unfinished; returns the control port too."""
         if settings.host in _ANYWHERE:
             raise InvalidInput(f"workers must reach the controller at its host; give an address, not {settings.host}")
-        spec = read_spec(settings.checkpoint)
-        with CheckpointReader(settings.checkpoint) as reader:
-            reader.verify(spec)  # workers would find out too, but far from whoever starts the service
-        tokenizer = _read_tokenizer(settings.checkpoint)
+        checkpoints = Checkpoints(settings.models)
+        checkpoints.verify()  # workers would find out too, but far from whoever starts the service
+        checkpoints.close()
+        tokenizers = {name: _read_tokenizer(path) for name, path in settings.models.items()}
         source = None
         if settings.plan:
             book, version = _read_plan(settings.plan), ""
@@ -75,8 +81,8 @@ class Controller:
             if found is None:
                 raise NotFound(f"no plan {settings.registry_model} in {settings.registry}; run `perennial plan` first")
             book, version = found
-        _check_book(book, spec)
-        controller = cls(settings, spec, tokenizer, book, version)
+        check_book(book, checkpoints.specs)
+        controller = cls(settings, checkpoints.specs, tokenizers, book, version)
         controller._source = source
         try:
             return controller, await controller._start()
@@ -88,7 +94,7 @@ class Controller:
         unfinished = self._ledger.restore()
         for record in unfinished:
             record.orphaned_at = asyncio.get_running_loop().time()
-            self.fleet.dispatcher.enqueue(record)
+            self._resume(record)
         self.log.emit("controller_started", epoch=self.fleet.epoch, resumed_requests=len(unfinished))
         self._say_plan("start")
         port = await self.fleet.start()
@@ -96,6 +102,13 @@ class Controller:
         if self._source is not None:
             self._tasks.append(asyncio.create_task(self._follow_registry()))
         return port
+
+    def _resume(self, record: Record) -> None:
+        if record.model in self.specs:
+            self.fleet.dispatcher.enqueue(record)
+        else:
+            record.failure = Aborted(f"the model {record.model!r} is not served any more", tokens=len(record.output))
+            self._ledger.end(record, "abort")
 
     async def close(self) -> None:
         """Dismiss the fleet and close the journal."""
@@ -125,13 +138,26 @@ class Controller:
             raise self._refuse(Unavailable("the service is draining; try another endpoint", retry_after_s=5.0))
         if self.fleet.no_capacity:
             raise self._refuse(Unavailable("no plan fits the surviving devices; try again", retry_after_s=2.0))
+        if not self.fleet.hosts(request.model):
+            sentence = f"the devices that are left have no place for {request.model!r}; try again"
+            raise self._refuse(Unavailable(sentence, retry_after_s=2.0))
         if self.fleet.dispatcher.waiting >= self._settings.capacity.queue:
             raise self._refuse(QueueFull("the queue is full; try again", retry_after_s=1.0))
-        if len(request.prompt) >= self.spec.max_positions:
-            most = self.spec.max_positions
+        if len(request.prompt) >= (most := self.specs[request.model].max_positions):
             raise InvalidInput(
                 f"the prompt has {len(request.prompt)} tokens; it must leave room for an answer within {most}"
             )
+
+        if self._settings.capacity.admission == "slo" and request.deadline_s is not None:
+            self._check_deadline(request, request.deadline_s)
+
+    def _check_deadline(self, request: GenerationRequest, deadline_s: float) -> None:
+        """Refuse a request that no replica can serve in time, and say when it would have been."""
+        due_at = asyncio.get_running_loop().time() + deadline_s
+        late_s = self.fleet.dispatcher.done_in_s(request, due_at) - deadline_s
+        if late_s > 0:
+            sentence = f"no replica can answer within {deadline_s:g} s, it would take {deadline_s + late_s:.2g} s"
+            raise self._refuse(QueueFull(f"{sentence}; try again later or allow more time", retry_after_s=late_s))
 
     def _refuse(self, error: PerennialError) -> PerennialError:
         self.metrics.rejected(error)
@@ -166,13 +192,13 @@ class Controller:
         self.fleet.end(record, "abort")
         return True
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
+    def decode(self, token_ids: tuple[int, ...], model: str) -> str:
         """See `Service.decode`."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._tokenizers[model].decode(list(token_ids), skip_special_tokens=True))
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, model: str) -> tuple[int, ...]:
         """See `Service.encode`."""
-        return tuple(self._tokenizer.encode(text).ids)
+        return tuple(self._tokenizers[model].encode(text).ids)
 
     # -- control ----------------------------------------------------------------------------------------
 
@@ -182,19 +208,33 @@ class Controller:
         replicas = list(fleet.dispatcher.replicas.values())
         positions = tuple(
             PositionInfo(
-                replica=index, stage=rank // one.config.shards, shard=rank % one.config.shards, device=str(device)
+                replica=index,
+                stage=rank // one.config.shards,
+                shard=rank % one.config.shards,
+                device=str(device),
+                model=one.model,
             )
             for index, one in enumerate(replicas)
             for rank, device in enumerate(one.devices)
         )
+        models = tuple(
+            ModelInfo(
+                name=spec.name,
+                family=spec.family,
+                max_positions=spec.max_positions,
+                vocab=spec.vocab,
+                replicas=sum(one.model == name for one in replicas),
+            )
+            for name, spec in self.specs.items()
+        )
         return ServerInfo(
-            model=self.spec.name,
-            family=self.spec.family,
-            max_positions=self.spec.max_positions,
-            vocab=self.spec.vocab,
+            model=models[0].name,
+            family=models[0].family,
+            max_positions=models[0].max_positions,
+            vocab=models[0].vocab,
             state=self._state(),  # type: ignore[arg-type]
             epoch=fleet.epoch,
-            config=str(fleet.config) if fleet.config and replicas else "",
+            config=str(fleet.target) if fleet.target and replicas else "",
             positions=positions,
             instances=tuple(fleet.membership.describe(now)),
             running=sum(one.running for one in replicas),
@@ -203,6 +243,7 @@ class Controller:
             plan_source=self._settings.plan or f"{self._settings.registry_model}@{self._settings.registry_alias}",
             plan_sha256=fleet.book.sha256,
             plan_version=self._plan_version,
+            models=models,
         )
 
     def _state(self) -> str:
@@ -212,7 +253,7 @@ class Controller:
             return "serving"
         return "no_capacity" if self.fleet.no_capacity else "starting"
 
-    def plan_book(self) -> PlanBook:
+    def plan_book(self) -> PlanBook | SharedPlanBook:
         """See `Service.plan_book`."""
         return self.fleet.book
 
@@ -226,8 +267,8 @@ class Controller:
             self._adopt(_read_plan(self._settings.plan), "", self._settings.plan)
         return self.fleet.book.sha256
 
-    def _adopt(self, book: PlanBook, version: str, source: str) -> None:
-        _check_book(book, self.spec)
+    def _adopt(self, book: PlanBook | SharedPlanBook, version: str, source: str) -> None:
+        check_book(book, self.specs)
         self._plan_version = version
         if book.sha256 != self.fleet.book.sha256:
             self.fleet.adopt_book(book)
@@ -236,7 +277,7 @@ class Controller:
     def _say_plan(self, source: str) -> None:
         book = self.fleet.book
         self.log.emit("plan_loaded", sha256=book.sha256, version=self._plan_version, source=source)
-        config = str(self.fleet.config or "")
+        config = str(self.fleet.target or "")
         self.metrics.plan(version=self._plan_version, sha256=book.sha256, source=source, config=config)
 
     async def _follow_registry(self) -> None:
@@ -299,22 +340,13 @@ class Controller:
             self.fleet.end(record, "abort")
 
 
-def _read_plan(path: str) -> PlanBook:
+def _read_plan(path: str) -> PlanBook | SharedPlanBook:
     try:
         return read_plan_file(path)
     except OSError as error:
         raise InvalidInput(f"cannot read the plan book {path}: {error.strerror}") from error
     except CorruptData as error:
         raise PlanMismatch(str(error)) from error
-
-
-def _check_book(book: PlanBook, spec: ModelSpec) -> None:
-    fields = ("family", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab")
-    differing = [name for name in fields if getattr(book.model, name) != getattr(spec, name)]
-    if differing:
-        raise PlanMismatch(
-            f"the plan book is for {book.model.name}, whose {differing[0]} differs from the checkpoint's; plan again"
-        )
 
 
 def _read_tokenizer(checkpoint: str) -> Tokenizer:

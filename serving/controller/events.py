@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from data.layout import ParallelConfig
+from data.deployment import Deployment
 from serving.controller.dispatch import Replica
 from serving.controller.reconfiguration import Outcome
 from serving.requests import Event
@@ -53,11 +53,12 @@ class EventLog:
 
 
 def layout_event(
-    outcome: Outcome, replicas: Sequence[Replica], config: ParallelConfig, replayed: Sequence[tuple[str, int]]
+    outcome: Outcome, replicas: Sequence[Replica], target: Deployment, replayed: Sequence[tuple[str, int]]
 ) -> dict[str, Any]:
     """What a layout event says: who is where, what was moved, and how `replayed` and other requests came through."""
     positions = [
         {"replica": index, "stage": rank // one.config.shards, "shard": rank % one.config.shards, "device": str(device)}
+        | ({"model": one.model} if one.model else {})
         for index, one in enumerate(replicas)
         for rank, device in enumerate(one.devices)
     ]
@@ -65,7 +66,7 @@ def layout_event(
     again = {why: sorted(n for reason, n in [*restored, *replayed] if reason == why) for why in _REASONS}
     return {
         "epoch": outcome.epoch,
-        "config": str(config),
+        "config": str(target),
         "positions": positions,
         "moved": outcome.moved,
         "seconds": outcome.seconds,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
-from data.errors import Infeasible
-from data.layout import Device, ParallelConfig
+from data.deployment import Deployment
+from data.layout import Device
 from data.models import ModelSpec
-from data.plan import Plan, PlanBook
-from planning.preference import dependable, spare_ranks
+from data.plan import PlanBook
+from data.shared_plan import SharedPlanBook
 from planning.resharding import Box
-from planning.transition import LiveReplica, Transition, common, plan_transition, position_boxes
+from planning.transition import Transition, common
 from serving import messages as m
 from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
@@ -28,6 +27,7 @@ from serving.controller.reconfiguration import Outcome, Reconfiguration, Strande
 from serving.controller.records import Record
 from serving.controller.recovery import Recovery, lost_with
 from serving.controller.rendezvous import Rendezvous
+from serving.controller.targets import Targets
 from serving.settings import ServingSettings
 from serving.telemetry import Metrics
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 _LONGEST_RETRY_S = 5.0
 _DOUBLINGS = 10  # of the pause between attempts; more would overflow long before they were waited for
 _CUDA_PATIENCE = 5  # times stall_s: kernels and links are loaded at their first use
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Fleet:
@@ -45,20 +44,21 @@ class Fleet:
     def __init__(
         self,
         settings: ServingSettings,
-        spec: ModelSpec,
-        book: PlanBook,
+        specs: Mapping[str, ModelSpec],
+        book: PlanBook | SharedPlanBook,
         *,
         journal: Journal,
         ledger: Ledger,
         events: EventLog,
         metrics: Metrics,
     ) -> None:
-        self._settings, self._spec, self.book = settings, spec, book
+        self._settings, self._specs, self.book = settings, specs, book
         self._journal, self._ledger, self._events, self._metrics = journal, ledger, events, metrics
         self.membership = Membership(settings, self)
-        self.dispatcher = Dispatcher()
+        self.dispatcher = Dispatcher(lambda replica: self._targets.pace(self.book, replica))
+        self._targets = Targets(settings, specs, self.membership, self.dispatcher)
         self.epoch = journal.meta("epoch", 0)
-        self.config: ParallelConfig | None = None
+        self.target: Deployment | None = None
         self.no_capacity = False
         self._last_number = self.epoch * 1000  # replica numbers stay unique over restarts too
         self._resident: dict[Device, tuple[Box, ...]] = {}
@@ -90,7 +90,11 @@ class Fleet:
         for store in self._stores.values():
             store.close()
 
-    def adopt_book(self, book: PlanBook) -> None:
+    def hosts(self, model: str) -> bool:
+        """Whether the layout in force, or one that is still to be found, has a place for a model."""
+        return self.target is None or model in self.target.models
+
+    def adopt_book(self, book: PlanBook | SharedPlanBook) -> None:
         """Serve by another plan book from now on."""
         self.book = book
         self.fleet_changed()
@@ -229,7 +233,16 @@ class Fleet:
             self.membership.send(replica.leader, m.Submit(number, [record.assignment(now) for record in records]))
 
     def _break(self, replica: Replica, reason: str) -> None:
-        """A replica failed: its requests wait until it is known what can be restored; survivors keep its KV."""
+        """A replica failed, and with it those that share its devices.
+
+        Their requests wait until it is known what can be restored; survivors keep their KV.
+        """
+        for one in self.dispatcher.group(replica):
+            self._break_alone(one, reason)
+        self.dispatch()
+        self.fleet_changed()
+
+    def _break_alone(self, replica: Replica, reason: str) -> None:
         if replica.number not in self.dispatcher.replicas:
             return
         requests = [record.request.request_id for record in replica.records.values()]
@@ -242,8 +255,6 @@ class Fleet:
         self._recovery.strand(replica)
         for device in replica.devices:
             self.membership.send(device, m.Salvage(replica.number))
-        self.dispatch()
-        self.fleet_changed()
 
     def _drop_copies(self) -> None:
         """Let go of copies that have become useless, unless they may be in use just now."""
@@ -290,12 +301,12 @@ class Fleet:
 
     async def _step(self) -> None:
         """One look at the fleet, and what follows from it."""
-        target = self._target()
-        transition = self._plan(target) if target else None
+        target, whole = self._targets.wanted(self.book, self.target), self._targets.whole(self.book, self.target)
+        transition = self._targets.transition(target, self._resident, whole=whole) if target else None
         if target is not None and transition is not None:
             if not transition.empty or self._recovery.stranded:
                 await self._carry_out(transition, target)
-            self.config = target
+            self.target = target
         elif self.dispatcher.replicas:
             self._forget(self._recovery.settle(self._recovery.stranded))
         if self._settings.replication.enabled:
@@ -305,80 +316,24 @@ class Fleet:
         self._preload_spares()
 
     def _preload_spares(self) -> None:
-        """Devices without a position fetch the weights of one: of those that are likely to go, then of all in turn."""
-        if self.config is None:
+        if self.target is None:
             return
-        busy = {device for replica in self.dispatcher.replicas.values() for device in replica.devices}
-        whole = self._whole()
-        config = replace(self.config, stages=1, shards=1, partition=()) if whole else self.config
-        spares = [device for device in self.membership.usable_devices() if device not in busy]
-        advised = self._advised_ranks() if not whole else []
-        ranks = spare_ranks(len(spares), config.stages * config.shards, advised)
-        for device, rank in zip(spares, ranks, strict=True):
-            boxes, held = position_boxes(self._spec, config, rank), self._resident.get(device, ())
-            if not held or (rank in advised and common(held, boxes) != boxes):
-                self._resident[device] = common(held, boxes)  # whether or not it manages
-                self.membership.send(device, m.Preload(list(boxes)))
+        whole = self._targets.whole(self.book, self.target)
+        for device, boxes in self._targets.preloads(self.target, self._resident, whole=whole).items():
+            self._resident[device] = common(self._resident.get(device, ()), boxes)  # whether or not it manages
+            self.membership.send(device, m.Preload(list(boxes)))
 
-    def _advised_ranks(self) -> list[int]:
-        """Ranks of the present layout's shape on devices that may have to go."""
-        assert self.config is not None
-        shape, advised = replace(self.config, replicas=1), self.membership.advised_devices()
-        replicas = [one for one in self.dispatcher.replicas.values() if one.config == shape]
-        return [rank for one in replicas for rank, device in enumerate(one.devices) if device in advised]
-
-    def _target(self) -> ParallelConfig | None:
-        return self._chosen().config
-
-    def _chosen(self) -> Plan:
-        """The book's plan for who is there and what is in force; choosing again, once it runs, changes nothing."""
-        now = self.config if self.dispatcher.replicas else None
-        return self.book.plan_for(self.membership.state(), now)
-
-    def _whole(self) -> bool:
-        """Whether devices are to keep the whole model: as set, or as the plan has memory for."""
-        residency = self._settings.engine.residency
-        if residency == "plan":
-            estimate = self._chosen().estimate
-            residency = estimate.residency if estimate else "shard"
-        return residency == "model"
-
-    def _plan(self, target: ParallelConfig) -> Transition | None:
-        live = [
-            LiveReplica(one.number, one.config, one.devices, self._cached_tokens(one))
-            for one in self.dispatcher.replicas.values()
-        ]
-        resident = {device: boxes for device, boxes in self._resident.items() if self.membership.connected(device)}
-        try:
-            return plan_transition(
-                self._spec,
-                target,
-                live=live,
-                usable=dependable(
-                    self.membership.usable_devices(), self.membership.advised_devices(), live=live, target=target
-                ),
-                resident=resident,
-                element_bytes=_ELEMENT_BYTES[self._settings.engine.dtype],
-                whole=self._whole(),
-            )
-        except Infeasible as error:
-            logger.warning("%s", error)
-            return None
-
-    def _cached_tokens(self, replica: Replica) -> int:
-        return sum(len(record.request.prompt) + len(record.output) for record in replica.records.values())
-
-    async def _carry_out(self, transition: Transition, target: ParallelConfig) -> None:
+    async def _carry_out(self, transition: Transition, target: Deployment) -> None:
         self.epoch += 1
         retired = [self.dispatcher.replicas[number] for number in transition.retire]
-        before = str(self.config) if self.config else ""
+        before = str(self.target) if self.target else ""
         mode = "recovery" if self._broken else "planned"
         self._events.emit("reconfiguration_started", epoch=self.epoch, **{"from": before, "to": str(target)}, mode=mode)
         attempt = Reconfiguration(
             self.epoch,
             transition,
             retired,
-            self._spec,
+            self._specs,
             self._settings,
             self.membership,
             self._number,
@@ -402,14 +357,18 @@ class Fleet:
             self._current = None
         self._commit(transition, outcome, attempt, target, mode)
 
-    def _grace(self, retired: Sequence[Replica], target: ParallelConfig) -> Grace:
+    def _grace(self, retired: Sequence[Replica], target: Deployment) -> Grace:
         """The time that notices leave to the retired replicas, which is of use where `target` is too small."""
         devices = [device for replica in retired for device in replica.devices]
-        plan = self.book.plan_for(self.membership.state())
+        models = sorted({replica.model for replica in retired})
         return Grace(
             lambda: self.membership.leaving_s(devices),
-            lambda: self.dispatcher.unfinished > target.replicas * target.max_batch,
-            pace_of(plan, self.book.objective, self._spec, self._settings.replication),
+            lambda: any(self.dispatcher.unfinished(model) > target.batch(model) for model in models),
+            pace_of(
+                self._targets.promised_step_s(self.book),
+                [self._specs[model] for model in models],
+                self._settings.replication,
+            ),
             margin_s=self._settings.timeouts.grace_margin_s,
         )
 
@@ -438,7 +397,7 @@ class Fleet:
             replica.serving = False
 
     def _commit(
-        self, transition: Transition, outcome: Outcome, attempt: Reconfiguration, target: ParallelConfig, mode: str
+        self, transition: Transition, outcome: Outcome, attempt: Reconfiguration, target: Deployment, mode: str
     ) -> None:
         """The new replicas are running: make them the layout, and give everyone else work again."""
         self._resident.update(outcome.resident)
@@ -448,7 +407,7 @@ class Fleet:
         self._recovery.replay(self.dispatcher.drop(transition.retire), "unseated")
         self._copies.ended(transition.retire)
         self._forget(self._recovery.settle(attempt.stranded, tried=True))
-        self.config, self._broken = target, False
+        self.target, self._broken = target, False
         if attempt.store is not None:
             self._stores[outcome.epoch] = attempt.store
         self._close_stores()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from data.models import ModelSpec
-from data.plan import Objective, Plan
 from planning.arrangement import Carried, Pace, arrange
 from serving.controller.records import Record
 from serving.settings import Replication
@@ -60,13 +59,12 @@ def _carried(records: Collection[Record]) -> list[Carried]:
     ]
 
 
-def pace_of(plan: Plan, objective: Objective, spec: ModelSpec, replication: Replication) -> Pace:
-    """What a plan and the links promise; without a promise steps are taken to be long."""
-    token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes
-    promised_s = plan.estimate.latency_s / objective.output_tokens if plan.estimate else 0.0
+def pace_of(promised_step_s: float, specs: Sequence[ModelSpec], replication: Replication) -> Pace:
+    """What a plan (0: nothing) and the links promise of models; without a promise steps are taken to be long."""
+    tokens_bytes = [2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes for spec in specs]
     return Pace(
-        step_s=min(promised_s or _LONGEST_STEP_S, _LONGEST_STEP_S),
+        step_s=min(promised_step_s or _LONGEST_STEP_S, _LONGEST_STEP_S),
         change_s=_CHANGE_S,
-        move_s=token_bytes / replication.link_bytes_per_s,
+        move_s=max(tokens_bytes, default=0) / replication.link_bytes_per_s,
         replay_s=1 / replication.prefill_tokens_per_s,
     )

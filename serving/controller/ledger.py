@@ -27,10 +27,13 @@ _RETRY_S = 0.5
 
 
 class Ledger:
-    """Records by key and by request id."""
+    """Records by key and by request id. Requests are read by the tokenizer of their model."""
 
-    def __init__(self, journal: Journal, tokenizer: Tokenizer, metrics: Metrics, *, finished_kept: int) -> None:
-        self._journal, self._tokenizer, self._metrics, self._finished_kept = journal, tokenizer, metrics, finished_kept
+    def __init__(
+        self, journal: Journal, tokenizers: Mapping[str, Tokenizer], metrics: Metrics, *, finished_kept: int
+    ) -> None:
+        self._journal, self._tokenizers, self._metrics = journal, tokenizers, metrics
+        self._finished_kept = finished_kept
         self.records: dict[int, Record] = {}
         self._by_id: dict[str, Record] = {}
         self._finished: deque[int] = deque()
@@ -86,8 +89,8 @@ class Ledger:
         now = asyncio.get_running_loop().time()
         admitted_at = now - max(0.0, age_s)
         deadline_at = None if request.deadline_s is None else admitted_at + request.deadline_s
-        wants_text = request.detokenize or request.limits.stop
-        scanner = TextScanner(self._tokenizer, request.limits.stop) if wants_text else None
+        wants_text, tokenizer = request.detokenize or request.limits.stop, self._tokenizers.get(request.model)
+        scanner = TextScanner(tokenizer, request.limits.stop) if wants_text and tokenizer else None
         return Record(key, request, admitted_at, deadline_at, scanner, told_at=now)
 
     def _remember(self, record: Record) -> None:
@@ -225,4 +228,4 @@ class Ledger:
 
 def _asked(request: GenerationRequest) -> tuple[object, ...]:
     """What makes two submissions of one id the same request; how long one waits for it may differ."""
-    return request.prompt, request.sampling, request.limits, request.detokenize
+    return request.model, request.prompt, request.sampling, request.limits, request.detokenize

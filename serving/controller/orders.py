@@ -29,12 +29,12 @@ def block_bytes(spec: ModelSpec, replica: Replica, engine: EngineSettings, rank:
 
 def kv_blocks(spec: ModelSpec, replica: Replica, engine: EngineSettings) -> int:
     """Blocks of every rank's cache: the same number, set by the rank with the largest blocks, and
-    never more than `max_batch` full contexts need."""
+    never more than `max_batch` full contexts need. A replica has its share of what the group may have."""
     if engine.kv_blocks:
-        return engine.kv_blocks
+        return max(1, int(engine.kv_blocks * replica.kv_share))
     widest = max(block_bytes(spec, replica, engine, rank) for rank in range(len(replica.devices)))
     useful = replica.config.max_batch * -(-spec.max_positions // engine.block_tokens)
-    return max(1, min(engine.kv_memory_bytes // widest, useful))
+    return max(1, min(int(engine.kv_memory_bytes * replica.kv_share) // widest, useful))
 
 
 def world_of(transition: Transition, replicas: Sequence[Replica], holders: Iterable[Device] = ()) -> tuple[Device, ...]:
@@ -58,7 +58,10 @@ def prepare_orders(
         receives[transfer.destination].append(m.WeightPieces(source, boxes))
         if transfer.source is not None:
             sends[transfer.source].append(m.WeightPieces(str(transfer.destination), boxes))
-    roles = {device: role for replica in new for device, role in _roles(replica).items()}
+    groups: dict[tuple[Device, ...], list[Replica]] = defaultdict(list)
+    for replica in new:
+        groups[replica.devices].append(replica)
+    roles = {device: role for group in groups.values() for device, role in _roles(group).items()}
     names = [str(device) for device in world]
     return {
         device: m.Prepare(
@@ -74,22 +77,15 @@ def prepare_orders(
     }
 
 
-def _roles(replica: Replica) -> dict[Device, m.Role]:
-    config = replica.config
-    members = [str(device) for device in replica.devices]
-    return {
-        device: m.Role(
-            replica.number,
-            members,
-            rank,
-            config.stages,
-            config.shards,
-            config.max_batch,
-            list(config.partition),
-            replica.kv_blocks,
-        )
-        for rank, device in enumerate(replica.devices)
-    }
+def _roles(group: Sequence[Replica]) -> dict[Device, m.Role]:
+    """The role of every device of a group, whose replicas share its devices and its shape."""
+    config, devices = group[0].config, group[0].devices
+    members = [str(device) for device in devices]
+    hosted = [
+        m.Hosted(one.number, one.model, one.config.max_batch, list(one.config.partition), one.kv_blocks)
+        for one in group
+    ]
+    return {device: m.Role(members, rank, config.stages, config.shards, hosted) for rank, device in enumerate(devices)}
 
 
 def extents(spec: ModelSpec, replica: Replica) -> dict[Device, KvBox]:
@@ -154,13 +150,15 @@ class Lane(NamedTuple):
 Pieces = dict[Device, list[m.KvPieces]]
 
 
-def kv_pieces(spec: ModelSpec, heirs: Sequence[Heir], starts: Mapping[int, int]) -> tuple[Pieces, Pieces]:
+def kv_pieces(
+    specs: Mapping[str, ModelSpec], heirs: Sequence[Heir], starts: Mapping[int, int]
+) -> tuple[Pieces, Pieces]:
     """What every device sends and what it receives so that tokens `starts[key]` (default 0) … are in place.
 
-    Pieces between one pair of devices are in the same order on both sides.
+    `specs` are the models by name. Pieces between one pair of devices are in the same order on both sides.
     """
     lanes: dict[Lane, list[tuple[m.KvSpan, m.KvSpan]]] = defaultdict(list)
-    routes = _Routes(spec)
+    routes = _Routes(specs)
     for heir in heirs:
         start = starts.get(heir.key, 0)
         if start < heir.tokens:
@@ -183,8 +181,8 @@ def kv_pieces(spec: ModelSpec, heirs: Sequence[Heir], starts: Mapping[int, int])
 class _Routes:
     """Which device sends which layers and heads; sequences in the same places share their routes."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+    def __init__(self, specs: Mapping[str, ModelSpec]) -> None:
+        self._specs = specs
         self._known: dict[object, tuple[tuple[int, KvTransfer], ...]] = {}
 
     def of(self, heir: Heir) -> list[tuple[Source, KvTransfer]]:
@@ -199,7 +197,7 @@ class _Routes:
         held: dict[Device, list[KvBox]] = defaultdict(list)
         for source in usable:
             held[source.device].append(source.box)
-        for transfer in kv_transfers(extents(self._spec, target), held) or ():
+        for transfer in kv_transfers(extents(self._specs[target.model], target), held) or ():
             part = KvBox(transfer.layers, transfer.heads)
             # A cache on the device is read rather than a copy in its host memory.
             fitting = [

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from data.errors import CorruptData, PerennialError
+from data.models import ModelSpec
 from data.plan import PlanBook, stated_sha256
+from data.shared_plan import SharedPlanBook, is_shared
 from serving.errors import NotFound, PlanMismatch, Unavailable
 
 if TYPE_CHECKING:
@@ -27,9 +30,28 @@ _QUIET = {
 }
 
 
-def read_plan_file(path: str | os.PathLike[str]) -> PlanBook:
-    """Read a plan book from a file. Raises `CorruptData` unless it is an intact book."""
-    return PlanBook.from_bytes(Path(path).read_bytes())
+_GEOMETRY = ("family", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab")
+
+
+def read_plan_file(path: str | os.PathLike[str]) -> PlanBook | SharedPlanBook:
+    """Read a plan book, of one model or of several, from a file. Raises `CorruptData` unless it is an intact book."""
+    content = Path(path).read_bytes()
+    return SharedPlanBook.from_bytes(content) if is_shared(content) else PlanBook.from_bytes(content)
+
+
+def check_book(book: PlanBook | SharedPlanBook, specs: Mapping[str, ModelSpec]) -> None:
+    """Raise `PlanMismatch` if a book is for other models than those served; the only one is `specs[""]`."""
+    planned = {"": book.model} if isinstance(book, PlanBook) else {spec.name: spec for spec in book.models}
+    if planned.keys() != specs.keys():
+        served, named = (", ".join(one.name for one in models.values()) for models in (specs, planned))
+        raise PlanMismatch(f"the plan book is for {named}, and the service has {served}; plan again for these")
+    for name, spec in specs.items():
+        differing = [field for field in _GEOMETRY if getattr(planned[name], field) != getattr(spec, field)]
+        if differing:
+            raise PlanMismatch(
+                f"the plan book is for {planned[name].name}, whose {differing[0]} differs from the checkpoint's; "
+                "plan again"
+            )
 
 
 def quiet_mlflow() -> None:

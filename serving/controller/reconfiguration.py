@@ -20,20 +20,18 @@ from planning.transition import Transition, retained
 from serving import messages as m
 from serving.controller.dispatch import Replica
 from serving.controller.grace import Grace
+from serving.controller.moves import Moves
 from serving.controller.orders import (
     Heir,
     Source,
     found_sources,
     kv_blocks,
-    kv_pieces,
-    live_sources,
     prepare_orders,
     world_of,
 )
 from serving.controller.phases import Phase, TransitionFailed
 from serving.controller.records import Record
 from serving.controller.rendezvous import Rendezvous
-from serving.controller.seating import Seating
 from serving.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,6 @@ logger = logging.getLogger(__name__)
 _ROUNDS = 3  # of copying in the background
 _LOOK_S = 0.02  # between looks at whether the old layout is still needed
 _SHORT_COPY_S = 0.1  # after a copy as quick as this the rest is small
-_GROWTH_TOKENS = 64  # room kept for what a sequence adds while it is copied into a running replica
 
 
 class Workers(Protocol):
@@ -101,7 +98,7 @@ class Reconfiguration:
     epoch: int
     transition: Transition
     retired: Sequence[Replica]
-    spec: ModelSpec
+    specs: Mapping[str, ModelSpec]
     settings: ServingSettings
     workers: Workers
     number: Callable[[], int]
@@ -119,18 +116,12 @@ class Reconfiguration:
     activated: bool = False  # some may have taken their new roles over
     _failure: str = ""
     _phase: Phase[Any] | None = None
-    _sources: dict[int, tuple[Source, ...]] = field(default_factory=dict)  # of stranded sequences
-    _restorable: dict[int, int] = field(default_factory=dict)
-    _copied_whole: set[int] = field(default_factory=set)
-    _records: dict[int, Record] = field(default_factory=dict)  # of all that may be adopted
-    _seating: dict[int, Seating] = field(default_factory=dict)  # by new replica
-    _reserved: dict[int, dict[int, list[int]]] = field(default_factory=dict)  # by kept replica
-    _sequences: dict[int, m.Resident] = field(default_factory=dict)
-    _homes: dict[int, Replica] = field(default_factory=dict)  # where a sequence goes
-    _copied: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens of which life are in place
-    _left_behind: frozenset[int] = frozenset()  # are replayed: there is no time to move their KV
     _moving_s: dict[str, float] = field(default_factory=lambda: {"weights": 0.0, "kv": 0.0})  # the slowest worker's
     store: Rendezvous | None = None  # lives as long as the epoch's replicas: NCCL connects lazily
+    _moves: Moves = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._moves = Moves(self.specs, self.settings.engine.block_tokens)
 
     # -- what the controller hears meanwhile ---------------------------------------------------------
 
@@ -158,7 +149,7 @@ class Reconfiguration:
 
     def grafts(self, key: int) -> bool:
         """Whether a sequence may have joined a running replica by now."""
-        return self.activated and any(key in seats for seats in self._reserved.values())
+        return self.activated and self._moves.joins(key)
 
     def forget(self, key: int) -> Record | None:
         """Take a sequence away from the replica it came from; None if that has ended with it."""
@@ -200,23 +191,22 @@ class Reconfiguration:
         on_pause()
         await self._pause()
         stopped = clock()
-        heirs = self._heirs()
+        heirs = self._moves.heirs()
         sent_bytes = await self._switch(heirs)
         self._check("switch")
         ended = clock()
         seconds = {"prepare": ready - started, "hold": held - ready, "copy": copied - held, "pause": stopped - copied}
         seconds |= {"transfer": ended - stopped, "total": ended - started, **self._moving_s}
         moved = self._moved(prepared, copied_bytes, sent_bytes)
-        restored, uncopied = self._reexecuted(heirs), frozenset(self._restorable.keys() - self._copied_whole)
-        return Outcome(self.epoch, self.new, heirs, self._residency(), restored, uncopied, moved, seconds)
+        restored = self._moves.reexecuted(heirs)
+        return Outcome(self.epoch, self.new, heirs, self._residency(), restored, self._moves.uncopied, moved, seconds)
 
     def _build(self) -> None:
-        config = self.transition.config
-        for planned in self.transition.new:
-            replica = Replica(self.number(), self.epoch, config, planned.devices, 0)
-            replica.kv_blocks = kv_blocks(self.spec, replica, self.settings.engine)
+        for one in self.transition.new:
+            replica = Replica(self.number(), self.epoch, one.config, one.devices, 0, one.model, one.kv_share)
+            replica.kv_blocks = kv_blocks(self.specs[one.model], replica, self.settings.engine)
             self.new.append(replica)
-        self._seating = {one.number: Seating(one.kv_blocks, self.settings.engine.block_tokens) for one in self.new}
+            self._moves.offer(replica, one.inherits)
 
     async def _ask(
         self, name: str, orders: Mapping[Device, m.Message], timeout_s: float, expected: Iterable[Device] | None = None
@@ -243,10 +233,8 @@ class Reconfiguration:
             lost = []
             for key, record in list(stranded.records.items()):
                 sources, tokens = self._best(record, stranded.number, found.get(key, []))
-                if tokens and (self.new or self.kept) and self._worth_restoring(tokens):
-                    self._sources[key], self._restorable[key] = tuple(sources), tokens
-                    self._records[key] = record
-                    self._copied_whole |= {key} if stranded.copied else set()
+                if tokens and self._hosts(record.model) and self._worth_restoring(record, tokens):
+                    self._moves.restore(record, sources, tokens, copied=stranded.copied)
                 else:
                     held = [(str(one.device), one.replica, one.tokens) for one in found.get(key, [])]
                     logger.info("request %s is replayed; found of its KV: %s", record.request.request_id, held)
@@ -262,8 +250,12 @@ class Reconfiguration:
         own = [source for source in known if source.replica == last]
         return max(((some, self._watermark(record, some)) for some in (own, known)), key=lambda option: option[1])
 
-    def _worth_restoring(self, tokens: int) -> bool:
-        replication, spec = self.settings.replication, self.spec
+    def _hosts(self, model: str) -> bool:
+        """Whether some replica of a model will be there."""
+        return any(one.model == model for one in (*self.new, *self.kept))
+
+    def _worth_restoring(self, record: Record, tokens: int) -> bool:
+        replication, spec = self.settings.replication, self.specs[record.model]
         rates = Rates(replication.link_bytes_per_s, replication.prefill_tokens_per_s)
         return worth_restoring(
             tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes, tokens, rates
@@ -271,29 +263,15 @@ class Reconfiguration:
 
     def _watermark(self, record: Record, sources: Sequence[Source]) -> int:
         """How many tokens can be restored: never the last known one, whose logits are needed."""
-        left = restorable_tokens(self.spec, [(source.box, source.tokens) for source in sources])
+        left = restorable_tokens(self.specs[record.model], [(source.box, source.tokens) for source in sources])
         return max(0, min(left, len(record.request.prompt) + len(record.output) - 1))
-
-    def _reexecuted(self, heirs: Sequence[Heir]) -> dict[int, int]:
-        """Generated tokens of restored requests, but for the last, whose KV has to be computed again.
-
-        Those that were being computed again anyway, after an earlier loss, are none of this one's.
-        """
-        result = {}
-        for heir in heirs:
-            if heir.key in self._restorable:
-                record = self._records[heir.key]
-                known = len(record.request.prompt) + len(record.output) - 1
-                result[heir.key] = min(known - heir.tokens, max(0, len(record.output) - record.replayed - 1))
-        return result
 
     # -- in the background -------------------------------------------------------------------------------
 
     async def _prepare(self) -> dict[Device, m.Prepared]:
-        holders = {source.device for sources in self._sources.values() for source in sources}
-        self.joined = self._join()
+        holders, self.joined = self._moves.holders, self._join()
         sources = self.retired if self.new or self.joined else ()
-        self.world = world_of(self.transition, [*self.new, *sources, *self.joined], holders if self._records else ())
+        self.world = world_of(self.transition, [*self.new, *sources, *self.joined], holders)
         if not self.world:
             return {}
         timeout_s = self.settings.timeouts.prepare_s
@@ -307,9 +285,10 @@ class Reconfiguration:
         self._moving_s[what] += max((answer.transfer_s for answer in answers.values()), default=0.0)
 
     def _join(self) -> Sequence[Replica]:
-        """Running replicas that sequences join because no new one is built for them."""
-        waiting = self._records or any(one.records for one in self.retired)
-        return self.kept if waiting and not self.new else ()
+        """Running replicas that sequences join because no new one of their model is built for them."""
+        waiting = self._moves.models | {one.model for one in self.retired if one.records}
+        built = {one.model for one in self.new}
+        return [one for one in self.kept if one.model in waiting - built]
 
     async def _decode_on(self) -> None:
         """Let the old layout go on as long as its room is needed and the notice allows."""
@@ -320,7 +299,7 @@ class Reconfiguration:
         while self.grace.waits(self._moving()):
             self._check("hold")
             await asyncio.sleep(_LOOK_S)
-        self._left_behind = self.grace.stay_behind(self._moving())
+        self._moves.left_behind = self.grace.stay_behind(self._moving())
 
     def _moving(self) -> list[Record]:
         return [record for replica in self.retired for record in replica.records.values()]
@@ -334,113 +313,39 @@ class Reconfiguration:
         sent = 0
         for _ in range(_ROUNDS):
             began = clock()
-            self._take_in(await self._snapshot())
+            self._moves.take_in(self.retired, await self._snapshot())
             await self._reserve()
-            sent += await self._copy(self._heirs())
+            sent += await self._copy(self._moves.heirs())
             if clock() - began < _SHORT_COPY_S:
                 break
         return sent
 
-    async def _snapshot(self) -> dict[int, Sequence[m.Resident]]:
+    async def _snapshot(self) -> list[m.Resident]:
         orders = {replica.leader: m.Snapshot(self.epoch, replica.number) for replica in self.retired}
         answers = await self._ask("snapshot", orders, self.settings.timeouts.pause_s)
-        return {answer.replica: answer.sequences for answer in answers.values()}
+        return [one for answer in answers.values() for one in answer.sequences]
 
     async def _pause(self) -> None:
         self.paused = True
         self.tell("paused")
         orders = {replica.leader: m.Pause(replica.number) for replica in self.retired}
         answers = await self._ask("pause", orders, self.settings.timeouts.pause_s)
-        self._take_in({answer.replica: answer.sequences for answer in answers.values()})
-
-    def _take_in(self, residents: Mapping[int, Sequence[m.Resident]]) -> None:
-        """Note where retired replicas' sequences are now, and seat them; who ended leaves its seat."""
-        replicas = {replica.number: replica for replica in self.retired}
-        self._sequences = {}
-        for number, sequences in residents.items():
-            for one in sequences:
-                record = replicas[number].records.get(one.key)
-                if record is not None:
-                    self._records[one.key], self._sequences[one.key] = record, one
-                    self._sources[one.key] = live_sources(self.spec, replicas[number], one)
-        present = self._sequences.keys() | self._restorable.keys()
-        for seating in self._seating.values():
-            for key in [key for key in seating.seats if key not in present]:
-                seating.leave(key)
-        self._seat()
-
-    def _tokens(self, key: int) -> int:
-        return self._restorable[key] if key in self._restorable else self._sequences[key].cached_tokens
-
-    def _most_tokens(self, key: int) -> int:
-        request = self._records[key].request
-        return min(len(request.prompt) + request.limits.max_tokens, self.spec.max_positions)
-
-    def _seat(self) -> None:
-        """Give every sequence blocks in a new replica: its heir, but no heir more than its share."""
-        keys = sorted(self._restorable.keys() | self._sequences.keys())
-        if not self.new or not keys:
-            return
-        share = -(-len(keys) // len(self.new))
-        for key in keys:
-            home = self._homes.get(key)
-            options = [home] if home is not None else sorted(self.new, key=lambda one: self._rank(key, one, share))
-            for replica in options:
-                if self._seating[replica.number].fit(key, self._tokens(key), self._most_tokens(key)):
-                    self._homes[key] = replica
-                    break
-
-    def _rank(self, key: int, replica: Replica, share: int) -> tuple[bool, bool, int, int]:
-        seated = len(self._seating[replica.number].seats)
-        planned = self.transition.new[self.new.index(replica)]
-        return seated >= share, self._records[key].replica not in planned.inherits, seated, replica.number
+        self._moves.take_in(self.retired, [one for answer in answers.values() for one in answer.sequences])
 
     async def _reserve(self) -> None:
-        """Ask running replicas for room, the emptiest first, for sequences that have none yet."""
+        """Ask running replicas for room, for sequences that have none yet."""
         if not self.joined:
             return
-        wanted: dict[int, list[m.Wanted]] = {one.number: [] for one in self.joined}
-        loads = {one.number: len(one.records) for one in self.joined}
-        by_number = {one.number: one for one in self.joined}
-        for key in sorted(self._restorable.keys() | self._sequences.keys()):
-            if key not in self._homes:
-                number = min(loads, key=lambda one: (loads[one], one))
-                loads[number] += 1
-                wanted[number].append(m.Wanted(key, self._tokens(key) + _GROWTH_TOKENS))
-        orders = {by_number[n].leader: m.Reserve(self.epoch, n, keys) for n, keys in wanted.items() if keys}
+        orders = {leader: m.Reserve(self.epoch, some) for leader, some in self._moves.wanted(self.joined).items()}
         answers = await self._ask("reserve", orders, self.settings.timeouts.pause_s)
-        for answer in answers.values():
-            seats = self._reserved.setdefault(answer.replica, {})
-            for seat in answer.seats:
-                seats[seat.key], self._homes[seat.key] = seat.blocks, by_number[answer.replica]
-
-    def _heirs(self) -> list[Heir]:
-        """Every sequence that has a seat large enough, as it is now."""
-        heirs = []
-        for key in sorted(self._homes):
-            if key in self._left_behind or (key not in self._restorable and key not in self._sequences):
-                continue
-            home, tokens = self._homes[key], self._tokens(key)
-            seating = self._seating.get(home.number)
-            blocks = seating.seats.get(key) if seating is not None else self._reserved[home.number].get(key)
-            if blocks is not None and tokens <= len(blocks) * self.settings.engine.block_tokens:
-                heirs.append(Heir(key, tokens, self._sources[key], home, tuple(blocks)))
-        return heirs
-
-    def _life(self, key: int) -> int:
-        return self._sequences[key].life if key in self._sequences else 0
-
-    def _starts(self, heirs: Sequence[Heir]) -> dict[int, int]:
-        """From which token on a sequence's KV is still missing where it goes."""
-        copied = {heir.key: self._copied.get(heir.key, (0, 0)) for heir in heirs}
-        return {key: tokens for key, (tokens, life) in copied.items() if life == self._life(key)}
+        self._moves.reserve(self.joined, [seat for answer in answers.values() for seat in answer.seats])
 
     async def _copy(self, heirs: Sequence[Heir]) -> int:
-        sends, receives = kv_pieces(self.spec, heirs, self._starts(heirs))
+        sends, receives = self._moves.pieces(heirs)
         involved = sorted({*sends, *receives})
         orders = {one: m.Copy(self.epoch, sends.get(one, []), receives.get(one, [])) for one in involved}
         answers = await self._ask("copy", orders, self.settings.timeouts.prepare_s)
-        self._copied |= {heir.key: (heir.tokens, self._life(heir.key)) for heir in heirs}
+        self._moves.arrived(heirs)
         self._clock("kv", answers)
         return sum(answer.sent_bytes for answer in answers.values())
 
@@ -450,11 +355,8 @@ class Reconfiguration:
         self.activated = True
         now = asyncio.get_running_loop().time()
         retire = [replica.number for replica in self.retired]
-        adoptions: dict[Device, list[m.Adoption]] = {}
-        for heir in heirs:
-            adoption = m.Adoption(self._records[heir.key].assignment(now), heir.tokens, list(heir.blocks))
-            adoptions.setdefault(heir.target.leader, []).append(adoption)
-        sends, receives = kv_pieces(self.spec, heirs, self._starts(heirs))
+        adoptions = self._moves.adoptions(heirs, now)
+        sends, receives = self._moves.pieces(heirs)
         orders = {
             device: m.Switch(
                 self.epoch, sends.get(device, []), receives.get(device, []), adoptions.get(device, []), retire
@@ -472,7 +374,7 @@ class Reconfiguration:
         involved = {*self.world, *(device for replica in self.retired for device in replica.devices)}
         numbers = [replica.number for replica in self.new]
         for replica in self.kept:
-            self.workers.send(replica.leader, m.Cancel(replica.number, list(self._reserved.get(replica.number, {}))))
+            self.workers.send(replica.leader, m.Cancel(replica.number, self._moves.reserved(replica)))
         for device in involved:
             self.workers.send(device, m.Abandon(self.epoch))
             self.workers.send(device, m.Retire(numbers))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from planning.load import Work
 from serving.controller.journal import Segment
 from serving.errors import Aborted, DeadlineExceeded
 from serving.messages import Assignment, Emission
@@ -86,6 +87,17 @@ class Record:
     orphaned_at: float | None = None
     failure: Exception | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def model(self) -> str:
+        """The name of the model that it asks for."""
+        return self.request.model
+
+    @property
+    def work(self) -> Work:
+        """What is left to do at most; the prompt has been prefilled once there is output."""
+        request = self.request
+        return Work(0 if self.output else len(request.prompt), request.limits.max_tokens - len(self.output))
 
     def append(self, emission: Emission) -> None:
         """Take the next token (its index must be `len(output)`) and any finish it brings."""

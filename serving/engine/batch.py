@@ -24,11 +24,15 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One step of one replica; `step` counts up within an epoch. `ended` are sequences that gave their KV up."""
+    """One step of one replica; `step` counts up within an epoch. `ended` are sequences that gave their KV up.
+
+    `part` says of which model it is, where several share the devices.
+    """
 
     step: int
     sequences: list[SequenceStep]
     ended: list[int] = []
+    part: int = 0
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):

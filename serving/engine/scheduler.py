@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
+from math import inf
 
 from data.errors import InvalidInput
 from serving.engine.batch import SampledToken, StepPlan
@@ -55,6 +56,12 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there is nothing to compute and nothing to tell."""
         return not self._sequences and not self._ended
+
+    @property
+    def due_s(self) -> float:
+        """The earliest deadline of a request that is here; infinite if none has one."""
+        deadlines = (sequence.request.deadline_at_s for sequence in self._sequences.values() if not sequence.ended)
+        return min((deadline for deadline in deadlines if deadline is not None), default=inf)
 
     def add(self, request: ScheduledRequest) -> None:
         """Queue a request. One that is complete already, or can never fit, ends at the next `expire`.

@@ -1,4 +1,4 @@
-"""Builds what a role needs on this device: groups, cache and model part."""
+"""Builds what a role needs on this device: groups, and for every model of it a cache and a model part."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from data.deployment import tensor_name
 from data.errors import InvalidInput
 from data.layout import ParallelConfig
 from data.layout import Position as Coordinates
@@ -19,11 +20,11 @@ from serving.engine.graphs import graph_sizes
 from serving.engine.kv_cache import KvCache
 from serving.engine.model import ShardModel
 from serving.engine.place import Place
-from serving.messages import Role
+from serving.messages import Hosted, Role
 from serving.settings import EngineSettings
 from serving.worker.groups import Group, Hop, Waiting
 from serving.worker.movement import HeldTensor
-from serving.worker.replica import Position
+from serving.worker.position import ModelPart, Position
 from serving.worker.window import Windows
 
 _COPYING_THREADS = 8  # beside a GPU, processors only copy memory
@@ -56,7 +57,7 @@ def numerics_of(engine: EngineSettings) -> str:
 class Build:
     """The circumstances of one epoch on one worker."""
 
-    spec: ModelSpec
+    specs: Mapping[str, ModelSpec]
     store: dist.Store
     epoch: int
     device: torch.device
@@ -75,7 +76,7 @@ class Build:
         windows: Windows | None = None,
         of_bytes: bool = False,
     ) -> Group:
-        """Meet `members`, in their replica called `ranks`; collective."""
+        """Meet `members`, in their role called `ranks`; collective."""
         prefix = f"{self.epoch}/{name}"
         return Group(
             self.store,
@@ -93,31 +94,53 @@ class Build:
 
 
 def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) -> Position:
-    """Groups of the replica and of its stage, the KV cache, and the model part over `tensors`; collective."""
-    own = role.members[role.rank]
-    group = build.group(f"r{role.replica}", role.members, own, of_bytes=True)
+    """Groups of the role and of its stage, and for every model a KV cache and its part over `tensors`; collective."""
+    name, own = f"r{role.hosted[0].replica}", role.members[role.rank]
+    group = build.group(name, role.members, own, of_bytes=True)
     hops = _hops(build, role, group)
+    if numerics_of(build.engine) == "free":
+        return Position(role, tuple(_free_part(build, role, hosted) for hosted in role.hosted), group, *hops)
+    stage = role.rank // role.shards
+    ranks = range(stage * role.shards, (stage + 1) * role.shards)
+    peers = [role.members[rank] for rank in ranks]
+    comm = build.group(f"{name}s{stage}", peers, own, waiting=group.waiting, ranks=ranks)
+    parts = tuple(_model_part(build, role, hosted, tensors, comm) for hosted in role.hosted)
+    return Position(role, parts, group, *hops, comm)
+
+
+def _place(build: Build, role: Role, hosted: Hosted) -> Place:
     stage, shard = divmod(role.rank, role.shards)
-    peers = role.members[stage * role.shards : (stage + 1) * role.shards]
-    spec = build.spec
-    config = ParallelConfig(1, role.stages, role.shards, role.max_batch, tuple(role.partition))
-    place = Place.of(spec, config, Coordinates(0, stage, shard))
-    cache = KvCache(
+    config = ParallelConfig(1, role.stages, role.shards, hosted.max_batch, tuple(hosted.partition))
+    return Place.of(build.specs[hosted.model], config, Coordinates(0, stage, shard))
+
+
+def _cache(build: Build, place: Place, hosted: Hosted) -> KvCache:
+    spec = build.specs[hosted.model]
+    return KvCache(
         place.layers,
-        kv_head_range(spec, shard, role.shards),
+        kv_head_range(spec, place.shard, place.shards),
         spec.head_dim,
-        blocks=role.kv_blocks,
+        blocks=hosted.kv_blocks,
         block_tokens=build.engine.block_tokens,
         dtype=weight_dtype(build.engine),
         device=build.device,
     )
-    if numerics_of(build.engine) == "free":
-        free = FreeModel(spec, build.engine.free_step_s)
-        return Position(role, free, cache, group, free.draw, *hops)
-    ranks = range(stage * role.shards, (stage + 1) * role.shards)
-    comm = build.group(f"r{role.replica}s{stage}", peers, own, waiting=group.waiting, ranks=ranks)
+
+
+def _free_part(build: Build, role: Role, hosted: Hosted) -> ModelPart:
+    model = FreeModel(build.specs[hosted.model], build.engine.free_step_s)
+    return ModelPart(hosted, model, _cache(build, _place(build, role, hosted), hosted))
+
+
+def _model_part(build: Build, role: Role, hosted: Hosted, tensors: Mapping[str, HeldTensor], comm: Group) -> ModelPart:
+    spec, place = build.specs[hosted.model], _place(build, role, hosted)
+    cache = _cache(build, place, hosted)
     # What is resident may be more than this position needs.
-    weights = {part.name: tensors[part.name].view(Box(part.name, *box)) for part, *box in place.boxes(spec)}
+    weights = {
+        part.name: tensors[name].view(Box(name, *box))
+        for part, *box in place.boxes(spec)
+        for name in [tensor_name(hosted.model, part.name)]
+    }
     model = ShardModel(
         spec,
         place,
@@ -127,8 +150,8 @@ def build_position(build: Build, role: Role, tensors: Mapping[str, HeldTensor]) 
         cache=cache,
         timeout_s=build.timeout_s,
     )
-    model.warm(graph_sizes(role.max_batch))
-    return Position(role, model, cache, group, model.draw, *hops, comm)
+    model.warm(graph_sizes(hosted.max_batch))
+    return ModelPart(hosted, model, cache)
 
 
 def _hops(build: Build, role: Role, group: Group) -> tuple[Hop | None, Hop | None]:
@@ -142,7 +165,7 @@ def _hops(build: Build, role: Role, group: Group) -> tuple[Hop | None, Hop | Non
             found.append(Hop(group, peer))
         else:
             pair = [role.members[low], role.members[high]]
-            name, own = f"r{role.replica}h{low}", role.members[role.rank]
+            name, own = f"r{role.hosted[0].replica}h{low}", role.members[role.rank]
             met = build.group(name, pair, own, waiting=group.waiting, ranks=(low, high))
             found.append(Hop(met, int(role.rank == low)))
     before, after = found

@@ -1,4 +1,4 @@
-"""KV that a worker holds beside its running replica: copies of others', caches of broken ones, and its own stream."""
+"""KV that a worker holds beside its running replicas: copies of others', caches of broken ones, and own streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.settings import ServingSettings
 from serving.worker.groups import GroupBroken
 from serving.worker.keeper import Keeper
 from serving.worker.kv_stream import KvStream
-from serving.worker.replica import Position
+from serving.worker.position import ModelPart, Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Copies:
         self._settings = settings
         self._salvaged: dict[int, Salvaged] = {}
         self._keeper = Keeper(settings.host, settings.token)
-        self._stream: KvStream | None = None
+        self._streams: dict[int, KvStream] = {}
 
     @property
     def address(self) -> str:
@@ -57,8 +57,9 @@ class Copies:
         return self._salvaged[pieces.replica].cache
 
     def salvage(self, position: Position) -> None:
-        """Keep the cache of a broken replica at hand."""
-        self._salvaged[position.role.replica] = Salvaged(position.cache, position.index.snapshot())
+        """Keep the caches of broken replicas at hand."""
+        for part in position.parts:
+            self._salvaged[part.hosted.replica] = Salvaged(part.cache, part.index.snapshot())
 
     def drop(self, replicas: Sequence[int]) -> list[object]:
         """Let go of the salvaged caches of these replicas, which are returned."""
@@ -69,21 +70,22 @@ class Copies:
         self.drop([number for number in self._salvaged if number not in replicas])
         self._keeper.drop_others(replicas)
 
-    def stream(self, position: Position, address: str, tell: Callable[[bool], None]) -> Callable[[StepPlan], None]:
+    def stream(self, part: ModelPart, address: str, tell: Callable[[bool], None]) -> Callable[[StepPlan], None]:
         """Copies of a replica's KV go to `address` from now on; "" ends that. Returns what its steps wait by.
 
         `tell` hears whether the copy is complete, from any thread.
         """
-        self.end_stream()
+        replica = part.hosted.replica
+        self.end_stream(replica)
         replication = self._settings.replication
         if not address:
             return _wait_for_nothing
-        stream = self._stream = KvStream(
+        stream = self._streams[replica] = KvStream(
             address,
             self._settings.token,
-            position.role.replica,
-            position.cache,
-            position.index,
+            replica,
+            part.cache,
+            part.index,
             frame_bytes=replication.frame_bytes,
             tell=tell,
         )
@@ -92,11 +94,11 @@ class Copies:
             return _wait_for_nothing
         return lambda plan: stream.hold(plan, replication.lag_steps)
 
-    def end_stream(self) -> None:
-        """The own copy stays where it is, and does not grow."""
-        if self._stream is not None:
-            self._stream.stop()
-        self._stream = None
+    def end_stream(self, replica: int) -> None:
+        """The copy of a replica stays where it is, and does not grow."""
+        stream = self._streams.pop(replica, None)
+        if stream is not None:
+            stream.stop()
 
 
 def _wait_for_nothing(plan: StepPlan) -> None:

@@ -27,16 +27,18 @@ class Chunk:
     pieces: KvPieces
     layers: tuple[int, int]
     spans: tuple[KvSpan, ...]
+    head_dim: int
 
     @property
     def tokens(self) -> int:
         """Tokens of all spans together."""
         return sum(span.stop - span.start for span in self.spans)
 
-    def shape(self, head_dim: int) -> tuple[int, ...]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """`[layers, 2, tokens, heads, head_dim]`."""
         low, high = self.pieces.heads
-        return self.layers[1] - self.layers[0], 2, self.tokens, high - low, head_dim
+        return self.layers[1] - self.layers[0], 2, self.tokens, high - low, self.head_dim
 
 
 @dataclass(slots=True)
@@ -47,7 +49,6 @@ class KvMover:
     world: Sequence[str]
     read: Caches
     write: Caches
-    head_dim: int
     dtype: torch.dtype
     message_bytes: int
     _slots: dict[tuple[int, int], tuple[Chunk, Tensor]] = field(default_factory=dict)
@@ -56,29 +57,34 @@ class KvMover:
         """Exchange everything; `share` as for `Rounds`. Raises `GroupBroken` if a peer is lost."""
         own = self.world[self.group.rank]
         self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
-        return Rounds(self.group, self, share).run(self._queues(sends, own), self._queues(receives, own))
+        out, into = self._queues(sends, own, self.read), self._queues(receives, own, self.write)
+        return Rounds(self.group, self, share).run(out, into)
 
     def _stay(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces]) -> None:
         """What this worker needs and has never touches the group."""
         for source, target in zip(sends, receives, strict=True):
-            for ours, theirs in zip(self._chunks(source), self._chunks(target), strict=True):
+            pairs = zip(self._chunks(source, self.read), self._chunks(target, self.write), strict=True)
+            for ours, theirs in pairs:
                 self.store(theirs, self.load(ours))
 
-    def _queues(self, pieces: Sequence[KvPieces], own: str) -> dict[int, Iterator[Chunk]]:
-        peers = dict.fromkeys(one.peer for one in pieces if one.peer != own)
-        return {self.world.index(peer): self._queue([one for one in pieces if one.peer == peer]) for peer in peers}
-
-    def _queue(self, pieces: Sequence[KvPieces]) -> Iterator[Chunk]:
+    def _queues(self, pieces: Sequence[KvPieces], own: str, caches: Caches) -> dict[int, Iterator[Chunk]]:
+        by_peer: dict[str, list[KvPieces]] = {}
         for one in pieces:
-            yield from self._chunks(one)
+            if one.peer != own:
+                by_peer.setdefault(one.peer, []).append(one)
+        return {self.world.index(peer): self._queue(some, caches) for peer, some in by_peer.items()}
 
-    def _chunks(self, pieces: KvPieces) -> Iterator[Chunk]:
+    def _queue(self, pieces: Sequence[KvPieces], caches: Caches) -> Iterator[Chunk]:
+        for one in pieces:
+            yield from self._chunks(one, caches)
+
+    def _chunks(self, pieces: KvPieces, caches: Caches) -> Iterator[Chunk]:
         limit = self.group.message_bytes(self.message_bytes) // self.dtype.itemsize
-        return chunks(pieces, max(1, limit), self.head_dim)
+        return chunks(pieces, max(1, limit), caches(pieces).head_dim)
 
     def buffer(self, chunk: Chunk) -> Tensor:
         """See `Cargo`."""
-        return torch.empty(chunk.shape(self.head_dim), dtype=self.dtype, device=self.group.device)
+        return torch.empty(chunk.shape, dtype=self.dtype, device=self.group.device)
 
     def load(self, chunk: Chunk) -> Tensor:
         """See `Cargo`."""
@@ -112,7 +118,7 @@ def chunks(pieces: KvPieces, limit: int, head_dim: int) -> Iterator[Chunk]:
         tokens = sum(span.stop - span.start for span in spans)
         step, together = max(1, limit // (token * tokens)), tuple(spans)
         for layer in range(pieces.layers[0], pieces.layers[1], step):
-            yield Chunk(pieces, (layer, min(layer + step, pieces.layers[1])), together)
+            yield Chunk(pieces, (layer, min(layer + step, pieces.layers[1])), together, head_dim)
 
 
 def _batches(spans: Sequence[KvSpan], most: int) -> Iterator[list[KvSpan]]:

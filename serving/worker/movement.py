@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from planning.resharding import Box
-from serving.engine.weights import CheckpointReader
+from serving.engine.checkpoints import Checkpoints
 from serving.messages import WeightPieces
 from serving.worker.groups import Group
 from serving.worker.rounds import Rounds, Traffic
@@ -32,7 +32,7 @@ class HeldTensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightResult:
-    """Tensors of a role by checkpoint name, the bytes that were here, those that came from disk, and the traffic."""
+    """Tensors of a role by name, the bytes that were here, those that came from disk, and the traffic."""
 
     tensors: dict[str, HeldTensor]
     local_bytes: int
@@ -47,7 +47,7 @@ class WeightMover:
     group: Group
     world: Sequence[str]
     held: Mapping[str, HeldTensor]
-    reader: CheckpointReader
+    reader: Checkpoints
     dtype: torch.dtype
     device: torch.device
     message_bytes: int

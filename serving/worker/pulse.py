@@ -32,4 +32,4 @@ class Pulse:
         same = seen == self._seen and loop.is_alive() and not loop.resting
         self._still_s = self._still_s + min(now - self._seen_at, 2 * self._heartbeat_s) if same else 0.0
         self._seen, self._seen_at = seen, now
-        return Heartbeat(loop.steps, loop.position.role.replica, self._still_s, waiting.peer)
+        return Heartbeat(loop.steps, loop.position.number, self._still_s, waiting.peer)

@@ -20,18 +20,20 @@ import torch
 from planning.resharding import Box
 from serving import lifeline
 from serving import messages as m
+from serving.engine.checkpoints import Checkpoints
 from serving.engine.kv_cache import KvCache
-from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.weights import CheckpointReader, read_spec
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
 from serving.worker.build import Build, build_position, compute_device, weight_dtype
 from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
 from serving.worker.kv_movement import KvMover
+from serving.worker.leader import Leader
+from serving.worker.loops import step_loop
 from serving.worker.movement import HeldTensor, WeightMover
+from serving.worker.position import ModelPart, Position
 from serving.worker.pulse import Pulse
-from serving.worker.replica import Follower, Leader, Position, StepLoop
+from serving.worker.replica import StepLoop
 from serving.worker.rounds import Traffic
 from serving.worker.window import Windows
 
@@ -59,8 +61,7 @@ class Worker:
         # Everything beside the step loop shares one stream: the memory of another would not be reused.
         self._side_stream = torch.cuda.Stream(self._device) if cuda else None
         self._windows = Windows(self._device, settings.capacity.window_bytes) if cuda else None
-        self._spec = read_spec(settings.checkpoint)
-        self._reader = CheckpointReader(settings.checkpoint)
+        self._checkpoints = Checkpoints(settings.models)
         self._held: dict[str, HeldTensor] = {}
         self._prepared: dict[int, PreparedRole] = {}
         self._abandoned_through = -1
@@ -130,8 +131,8 @@ class Worker:
                 self._to_leader(replica, lambda leader: leader.snapshot(epoch))
             case m.Survey():
                 self._in_thread(message.epoch, "survey", lambda: self._survey(message))
-            case m.Reserve(epoch=epoch, replica=replica, wanted=wanted):
-                self._to_leader(replica, lambda leader: leader.reserve(epoch, wanted))
+            case m.Reserve(epoch=epoch, wanted=wanted):
+                self._to_leader(wanted[0].replica, lambda leader: leader.reserve(epoch, wanted))
             case m.Copy():
                 self._in_thread(message.epoch, "copy", lambda: self._aside(lambda: self._copy(message)))
             case m.Switch():
@@ -147,9 +148,9 @@ class Worker:
             case m.Abandon(epoch=epoch):
                 self._abandon(epoch)
             case m.Submit(replica=replica, assignments=assignments):
-                self._to_leader(replica, lambda leader: leader.submit(assignments))
+                self._to_leader(replica, lambda leader: leader.submit(replica, assignments))
             case m.Cancel(replica=replica, keys=keys):
-                self._to_leader(replica, lambda leader: leader.cancel(keys))
+                self._to_leader(replica, lambda leader: leader.cancel(replica, keys))
             case m.Taken(replica=replica, count=count):
                 self._to_leader(replica, lambda leader: leader.taken(count))
             case _:
@@ -157,8 +158,12 @@ class Worker:
 
     def _to_leader(self, replica: int, command: Callable[[Leader], None]) -> None:
         """Commands for a replica that is no longer led from here are late, and void."""
-        if isinstance(self._loop, Leader) and self._loop.position.role.replica == replica:
+        if isinstance(self._loop, Leader) and self._runs([replica]):
             command(self._loop)
+
+    def _runs(self, replicas: list[int]) -> bool:
+        """Whether the loop of this moment is that of any of these replicas."""
+        return self._loop is not None and any(one in replicas for one in self._loop.position.replicas)
 
     def _in_thread(self, epoch: int, phase: str, work: Callable[[], m.Message]) -> None:
         post = self._poster()
@@ -179,7 +184,7 @@ class Worker:
     def _prepare(self, order: m.Prepare, connection: Connection[m.Downward] | None) -> m.Message:
         timeouts, host = self._settings.timeouts, self._settings.host
         build = Build(
-            spec=self._spec,
+            specs=self._checkpoints.specs,
             store=connect_store(order.store, timeouts.prepare_s),
             epoch=order.epoch,
             device=self._device,
@@ -192,7 +197,7 @@ class Worker:
             world,
             order.world,
             self._held,
-            self._reader,
+            self._checkpoints,
             weight_dtype(self._settings.engine),
             self._device,
             self._settings.capacity.transfer_bytes,
@@ -216,7 +221,7 @@ class Worker:
         for box in boxes:
             if self._loop is not None or self._prepared:
                 raise GroupBroken("a role came before the weights were in")
-            data = self._reader.read(box.tensor, box.start, box.stop)
+            data = self._checkpoints.read(box.tensor, box.start, box.stop)
             loaded[box.tensor] = HeldTensor(box, data.to(self._device, weight_dtype(self._settings.engine)))
         with self._lock:
             if self._loop is not None or self._prepared:
@@ -246,7 +251,7 @@ class Worker:
     def _wait_until_stopped(self, order: m.Switch) -> None:
         """The last tokens of a paused replica are there once its loop has ended."""
         loop = self._loop
-        if loop is not None and loop.position.role.replica in order.retire:
+        if loop is not None and self._runs(order.retire):
             loop.join(self._settings.timeouts.pause_s)
             if loop.is_alive():
                 raise GroupBroken("the old replica did not stop in time")
@@ -257,8 +262,7 @@ class Worker:
             prepared.group,
             prepared.world,
             self._source,
-            lambda pieces: self._target(prepared, pieces),
-            self._spec.head_dim,
+            lambda pieces: self._receiver(prepared, pieces).cache,
             weight_dtype(self._settings.engine),
             self._settings.capacity.transfer_bytes,
         )
@@ -277,19 +281,16 @@ class Worker:
 
     def _source(self, pieces: m.KvPieces) -> KvCache:
         loop = self._loop
-        if loop is not None and loop.position.role.replica == pieces.replica and not pieces.kept:
-            return loop.position.cache
+        if loop is not None and not pieces.kept and (part := loop.position.part(pieces.replica)) is not None:
+            return part.cache
         return self._copies.cache(pieces)
 
-    def _target(self, prepared: PreparedRole, pieces: m.KvPieces) -> KvCache:
-        return self._receiver(prepared, pieces).cache
-
-    def _receiver(self, prepared: PreparedRole, pieces: m.KvPieces) -> Position:
+    def _receiver(self, prepared: PreparedRole, pieces: m.KvPieces) -> ModelPart:
         loop = self._loop
         candidates = [prepared.position, loop.position if loop is not None else None]
         for position in candidates:
-            if position is not None and position.role.replica == pieces.replica:
-                return position
+            if position is not None and (part := position.part(pieces.replica)) is not None:
+                return part
         raise GroupBroken(f"replica {pieces.replica} is not here")
 
     def _note(self, prepared: PreparedRole, receives: list[m.KvPieces]) -> None:
@@ -307,39 +308,23 @@ class Worker:
             self._loop.graft(order.epoch, order.adoptions)
 
     def _step_loop(self, epoch: int, position: Position, adoptions: list[m.Adoption]) -> StepLoop:
-        role, engine, spec = position.role, self._settings.engine, self._spec
-
-        post = self._poster()
-
-        def fail(reason: str) -> None:
-            post(m.Failed(epoch, role.replica, "step", reason))
-
-        if role.rank:
-            return Follower(position, fail)
-        limits = SchedulerLimits(
-            max_batch=role.max_batch,
-            step_tokens=engine.step_tokens,
-            block_tokens=engine.block_tokens,
-            blocks=role.kv_blocks,
-            max_positions=spec.max_positions,
-            plans_in_flight=role.stages,
-        )
-        leader = Leader(
+        post, settings = self._poster(), self._settings
+        return step_loop(
             position,
-            Scheduler(limits, spec.eos_token_ids),
-            fail=fail,
+            adoptions,
+            self._checkpoints.specs,
+            settings.engine,
+            fail=lambda reason: post(m.Failed(epoch, position.number, "step", reason)),
             report=post,
-            keepalive_s=self._settings.timeouts.collective_s / 4,
+            keepalive_s=settings.timeouts.collective_s / 4,
         )
-        leader.adopt(adoptions)
-        return leader
 
     # -- letting go -----------------------------------------------------------------------------
 
     def _retire(self, replicas: list[int]) -> None:
         with self._lock:
             retired = self._copies.drop(replicas)
-            if self._loop is not None and self._loop.position.role.replica in replicas:
+            if self._runs(replicas):
                 retired.append(self._stop_loop())
             if retired:
                 _clear_aside(retired)
@@ -348,14 +333,15 @@ class Worker:
         loop = self._loop
         assert loop is not None
         loop.discard()
-        self._copies.end_stream()
+        for replica in loop.position.replicas:
+            self._copies.end_stream(replica)
         self._loop = None
         return loop
 
     def _salvage(self, replica: int) -> None:
-        """Stop the loop of a broken replica, and keep its cache at hand."""
+        """Stop the loop of a broken replica, and keep the caches of its group at hand."""
         with self._lock:
-            if self._loop is not None and self._loop.position.role.replica == replica:
+            if self._loop is not None and self._runs([replica]):
                 self._copies.salvage(self._loop.position)
                 _clear_aside([self._stop_loop()])
 
@@ -367,10 +353,9 @@ class Worker:
         """Copies of the running replica's KV go to another worker from now on."""
         post = self._poster()
         with self._lock:
-            loop = self._loop
-            if loop is not None and loop.position.role.replica == replica:
-                tell = partial(_tell_state, post, replica)
-                loop.gate = self._copies.stream(loop.position, address, tell)
+            part = self._loop.position.part(replica) if self._loop is not None else None
+            if part is not None:
+                part.gate = self._copies.stream(part, address, partial(_tell_state, post, replica))
 
     def _survey(self, order: m.Survey) -> m.Message:
         return m.Holdings(order.epoch, self._copies.holdings(order.replicas))
@@ -388,7 +373,7 @@ class Worker:
     def _forget_everything(self) -> None:
         """Without a controller nothing here is in force; the weights stay for the next one."""
         if self._loop is not None:
-            self._retire([self._loop.position.role.replica])
+            self._retire(self._loop.position.replicas)
         self._keep([])
         self._abandon(max(self._prepared, default=-1))
         self._connection, self._abandoned_through = None, -1

@@ -38,7 +38,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    commands = "demo make-checkpoint profile plan plans serve agent generate notify status drain"
+    commands = "demo make-checkpoint profile plan plan-groups plans serve agent generate notify status drain"
     assert all(command in done.stdout for command in commands.split())
 
 
@@ -55,6 +55,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["serve", "--checkpoint", "nowhere"], 2, "is not a checkpoint"),
         (["agent", "--checkpoint", ".", "--type", "x", "--controller", "here"], 2, "takes host:port"),
         (["agent", "--checkpoint", "nowhere", "--type", "x", "--controller", "h:1"], 2, "is not a checkpoint"),
+        (["plan-groups", "nowhere", "--checkpoint", "a=nowhere", "--out", "x"], 2, "is not a checkpoint"),
         (["make-checkpoint", "model", "--family", "rnn"], 2, "rnn"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.deployment import Deployment
 from data.layout import Device, ParallelConfig
 from planning.preference import dependable, spare_ranks
 from planning.transition import LiveReplica
@@ -30,7 +31,7 @@ def devices(*names: str) -> tuple[Device, ...]:
     ],
 )
 def test_advised_instances_come_last(advised: tuple[str, ...], target: ParallelConfig, chosen: str) -> None:
-    assert dependable(devices(*"abc"), devices(*advised), live=(), target=target) == devices(*chosen)
+    assert dependable(devices(*"abc"), devices(*advised), live=(), target=Deployment.of(target)) == devices(*chosen)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +44,12 @@ def test_advised_instances_come_last(advised: tuple[str, ...], target: ParallelC
 )
 def test_a_replica_of_the_wanted_shape_stays(config: ParallelConfig, usable: str, chosen: str) -> None:
     live = [LiveReplica(1, config, devices("a"))]
-    assert dependable(devices(*usable), devices("a"), live=live, target=PAIR) == devices(*chosen)
+    assert dependable(devices(*usable), devices("a"), live=live, target=Deployment.of(PAIR)) == devices(*chosen)
 
 
 def test_a_broken_replica_holds_nothing_back() -> None:
     live = [LiveReplica(1, PAIR, (Device("a", 0), Device("gone", 0)))]
-    assert dependable(devices("a", "b"), devices("a"), live=live, target=PAIR) == devices("b")
+    assert dependable(devices("a", "b"), devices("a"), live=live, target=Deployment.of(PAIR)) == devices("b")
 
 
 @settings(deadline=None)
@@ -57,7 +58,7 @@ def test_an_advice_makes_no_plan_impossible_and_ends_no_replica(scene: Scene, da
     names = sorted({device.instance for device in scene.usable})
     risky = data.draw(st.sets(st.sampled_from(names)))
     advised = {device for device in scene.usable if device.instance in risky}
-    chosen = dependable(scene.usable, advised, live=scene.live, target=scene.target)
+    chosen = dependable(scene.usable, advised, live=scene.live, target=Deployment.of(scene.target))
     assert set(chosen) <= set(scene.usable)
     narrowed = replace(scene, usable=chosen).transition()
     assert set(scene.transition().keep) <= set(narrowed.keep)

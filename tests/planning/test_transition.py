@@ -30,7 +30,7 @@ def test_every_live_replica_is_kept_or_retired_and_the_target_is_complete(scene:
     assert len(transition.keep) + len(transition.new) == scene.target.replicas
     kept = {replica.number: replica for replica in scene.live if replica.number in transition.keep}
     for replica in kept.values():
-        assert replica.config == transition.config
+        assert replica.config == replace(scene.target, replicas=1)
         assert set(replica.devices) <= set(scene.usable)
     devices = [device for group in (*kept.values(), *transition.new) for device in group.devices]
     assert len(devices) == len(set(devices)) == scene.target.devices
@@ -86,7 +86,7 @@ def _after(scene: Scene) -> tuple[LiveReplica, ...]:
     transition = scene.transition()
     kept = [replica for replica in scene.live if replica.number in transition.keep]
     first = max((replica.number for replica in scene.live), default=0) + 1
-    new = [LiveReplica(first + at, transition.config, one.devices) for at, one in enumerate(transition.new)]
+    new = [LiveReplica(first + at, one.config, one.devices) for at, one in enumerate(transition.new)]
     return (*kept, *new)
 
 

@@ -11,16 +11,32 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Position(_message.Message):
-    __slots__ = ("replica", "stage", "shard", "device")
+    __slots__ = ("replica", "stage", "shard", "device", "model")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     replica: int
     stage: int
     shard: int
     device: str
-    def __init__(self, replica: _Optional[int] = ..., stage: _Optional[int] = ..., shard: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, replica: _Optional[int] = ..., stage: _Optional[int] = ..., shard: _Optional[int] = ..., device: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("name", "family", "max_positions", "vocab", "replicas")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    family: str
+    max_positions: int
+    vocab: int
+    replicas: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab: _Optional[int] = ..., replicas: _Optional[int] = ...) -> None: ...
 
 class Instance(_message.Message):
     __slots__ = ("instance", "type", "devices", "state", "leaving_s")
@@ -37,7 +53,7 @@ class Instance(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., type: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., leaving_s: _Optional[float] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("model", "family", "max_positions", "vocab", "state", "epoch", "config", "positions", "instances", "running", "waiting", "kv_usage", "plan_source", "plan_sha256", "plan_version")
+    __slots__ = ("model", "family", "max_positions", "vocab", "state", "epoch", "config", "positions", "instances", "running", "waiting", "kv_usage", "plan_source", "plan_sha256", "plan_version", "models")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +69,7 @@ class GetServerInfoResponse(_message.Message):
     PLAN_SOURCE_FIELD_NUMBER: _ClassVar[int]
     PLAN_SHA256_FIELD_NUMBER: _ClassVar[int]
     PLAN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     model: str
     family: str
     max_positions: int
@@ -68,7 +85,8 @@ class GetServerInfoResponse(_message.Message):
     plan_source: str
     plan_sha256: str
     plan_version: str
-    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab: _Optional[int] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., config: _Optional[str] = ..., positions: _Optional[_Iterable[_Union[Position, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., plan_source: _Optional[str] = ..., plan_sha256: _Optional[str] = ..., plan_version: _Optional[str] = ...) -> None: ...
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab: _Optional[int] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., config: _Optional[str] = ..., positions: _Optional[_Iterable[_Union[Position, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., plan_source: _Optional[str] = ..., plan_sha256: _Optional[str] = ..., plan_version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class GetPlanRequest(_message.Message):
     __slots__ = ()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.models import ModelSpec
 from data.plan import PlanBook
 from serving.errors import (
     Aborted,
@@ -61,10 +62,9 @@ Journal = dict[str, Record]
 class TokenSource:
     """Emits a token per stream and `pace_s`; takes `capacity` requests at a time."""
 
-    spec = MODEL
-
     def __init__(self, journal: Journal | None = None, *, pace_s: float = 0.001, capacity: int = 64) -> None:
         self.journal: Journal = {} if journal is None else journal
+        self.specs: Mapping[str, ModelSpec] = {"": MODEL}
         self.raises: Callable[[], BaseException] | None = None
         self.notices: list[tuple[str, float, str]] = []
         self._pace_s, self._capacity = pace_s, capacity
@@ -196,10 +196,10 @@ class TokenSource:
             yield Event(sequence=sequence, time_s=1e9 + sequence, kind="layout", data=data)
             await asyncio.sleep(0.01)
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
+    def decode(self, token_ids: tuple[int, ...], model: str) -> str:
         return "".join(f" {token}" for token in token_ids)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, model: str) -> tuple[int, ...]:
         return tuple(byte % MODEL.vocab for byte in text.encode())
 
 

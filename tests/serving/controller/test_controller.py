@@ -13,11 +13,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from data.deployment import Hosted, SharedGroup
+from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
+from perennial.testing import given_groups
 from serving.controller.controller import Controller
-from serving.errors import Aborted, DeadlineExceeded, PerennialError
+from serving.controller.dispatch import Replica
+from serving.errors import Aborted, DeadlineExceeded, PerennialError, PlanMismatch, QueueFull
 from serving.requests import GenerationRequest
-from serving.settings import ServingSettings, Timeouts, dump, load
+from serving.settings import Capacity, ServingSettings, Timeouts, dump, load
 from tests.serving.live import plan_book
 
 
@@ -101,7 +105,15 @@ def test_a_process_that_cannot_start_says_why_and_nothing_else(settings: Serving
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(b"{", "are not valid"), (b'{"token": 1}', "are not valid"), (None, "cannot read")]
+    ("content", "sentence"),
+    [
+        (b"{", "are not valid"),
+        (b'{"token": 1}', "are not valid"),
+        (None, "cannot read"),
+        (b'{"token": "", "journal": ""}', "either one checkpoint or several"),
+        (b'{"token": "", "journal": "", "checkpoint": "a", "checkpoints": {"b": "b"}}', "either one checkpoint or"),
+        (b'{"token": "", "journal": "", "checkpoint": "a", "capacity": {"admission": "x"}}', "choose queue or slo"),
+    ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     path = tmp_path / "settings.json"
@@ -165,5 +177,59 @@ async def test_a_restart_goes_on_where_the_journal_ends(settings: ServingSetting
         assert again.info().waiting == 1
         assert await again.abort("r")
         assert not await again.abort("r")
+    finally:
+        await again.close()
+
+
+@pytest.mark.parametrize(
+    ("admission", "deadline_s", "refused"), [("slo", 1.0, True), ("slo", 3.0, False), ("queue", 1.0, False)]
+)
+async def test_what_no_replica_can_serve_in_time_is_refused_if_that_is_wanted(
+    settings: ServingSettings, admission: str, deadline_s: float, refused: bool
+) -> None:
+    capacity = Capacity(admission=admission)
+    controller, _ = await Controller.open(msgspec.structs.replace(settings, capacity=capacity))
+    controller.fleet.dispatcher.replicas[1] = Replica(1, 1, ParallelConfig(1, 1, 1, 4), (Device("i", 0),), 8)
+    request = GenerationRequest(request_id="r", prompt=(1, 2), deadline_s=deadline_s)  # 128 steps of 1/64 s
+    try:
+        if not refused:
+            await (await controller.submit(request)).aclose()
+            return
+        with pytest.raises(QueueFull, match=r"within 1 s, it would take 2 s; try again later") as refusal:
+            await controller.submit(request)
+        assert refusal.value.retry_after_s == pytest.approx(1.0, abs=0.01)
+        assert controller.info().waiting == 0
+    finally:
+        controller.fleet.dispatcher.replicas.clear()
+        await controller.close()
+
+
+async def test_a_book_of_other_models_is_refused(settings: ServingSettings, spec: ModelSpec, tmp_path: Path) -> None:
+    several = msgspec.structs.replace(settings, checkpoint="", checkpoints={"a": settings.checkpoint})
+    with pytest.raises(PlanMismatch, match="the plan book is for tiny, and the service has a; plan again"):
+        await Controller.open(several)
+    book = given_groups(several.checkpoints, {1: [SharedGroup(1, 1, (Hosted("a", 4),))]})
+    (tmp_path / "plan.json").write_bytes(book.to_bytes())
+    controller, _ = await Controller.open(several)
+    assert [(one.name, one.replicas) for one in controller.info().models] == [("a", 0)]
+    await controller.close()
+    with pytest.raises(PlanMismatch, match="is for a, and the service has"):
+        await Controller.open(settings)
+
+
+async def test_requests_of_a_model_that_is_not_served_any_more_end(settings: ServingSettings, tmp_path: Path) -> None:
+    calm = msgspec.structs.replace(settings, timeouts=Timeouts(gather_s=5.0))
+    controller, _ = await Controller.open(calm)
+    stream = await controller.submit(GenerationRequest(request_id="r", prompt=(1,), resumable=True, model=""))
+    waiting = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    await controller.close()
+    waiting.cancel()
+    book = given_groups({"a": calm.checkpoint}, {1: [SharedGroup(1, 1, (Hosted("a", 4),))]})
+    (tmp_path / "plan.json").write_bytes(book.to_bytes())
+    again, _ = await Controller.open(msgspec.structs.replace(calm, checkpoint="", checkpoints={"a": calm.checkpoint}))
+    try:
+        with pytest.raises(Aborted, match="is not served any more"):
+            await asyncio.wait_for(anext(again.attach("r", 0)), 5.0)
     finally:
         await again.close()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from data.cluster import ClusterState
-from data.layout import ParallelConfig
 from data.models import ModelSpec
-from data.plan import Estimate, Objective, Plan
 from planning.arrangement import Pace
 from serving.controller.grace import Grace, pace_of
 from serving.controller.records import Record
@@ -45,9 +43,9 @@ def test_who_cannot_be_moved_in_time_stays_behind_unless_nothing_is_lost_by_tryi
     assert grace.stay_behind([record(1, 200), record(2, 300)]) == behind
 
 
-@pytest.mark.parametrize(("latency_s", "step_s"), [(0.64, 0.01), (64.0, 0.1), (0.0, 0.1), (None, 0.1)])
-def test_the_pace_is_what_the_plan_promises(spec: ModelSpec, latency_s: float | None, step_s: float) -> None:
-    plan = Plan(ClusterState.of({}), None, None, "nothing runs")
-    if latency_s is not None:
-        plan = Plan(plan.state, ParallelConfig(1, 1, 1, 4), Estimate(latency_s, 1.0, 1), "for a test")
-    assert pace_of(plan, Objective(1.0, 64, 64), spec, Replication()).step_s == pytest.approx(step_s)
+@pytest.mark.parametrize(("promised_s", "step_s"), [(0.01, 0.01), (1.0, 0.1), (0.0, 0.1)])
+def test_the_pace_is_what_the_plan_promises(spec: ModelSpec, promised_s: float, step_s: float) -> None:
+    pace = pace_of(promised_s, [spec], Replication())
+    assert pace.step_s == pytest.approx(step_s)
+    wider = pace_of(promised_s, [spec, replace(spec, layers=2 * spec.layers)], Replication())
+    assert wider.move_s == 2 * pace.move_s, "of several models the one with most KV counts"

@@ -26,7 +26,7 @@ def request(name: str, *prompt: int, stop: tuple[str, ...] = ()) -> GenerationRe
 @asynccontextmanager
 async def opened(path: Path, tokenizer: Tokenizer, finished_kept: int = 10, **options: int) -> AsyncIterator[Ledger]:
     journal = Journal(str(path), **options)
-    ledger = Ledger(journal, tokenizer, Metrics(), finished_kept=finished_kept)
+    ledger = Ledger(journal, {"": tokenizer}, Metrics(), finished_kept=finished_kept)
     try:
         yield ledger
     finally:

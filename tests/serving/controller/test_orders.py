@@ -24,6 +24,7 @@ from serving.settings import EngineSettings
 from tests.planning.fleets import SPEC, Scene, scenes
 
 ENGINE = EngineSettings(block_tokens=4, kv_blocks=12)
+SPECS = {"": SPEC}
 
 
 def replicas(scene: Scene) -> tuple[list[Replica], list[Replica]]:
@@ -35,7 +36,7 @@ def replicas(scene: Scene) -> tuple[list[Replica], list[Replica]]:
         if live.number in transition.retire
     ]
     new = [
-        Replica(1000 + index, 2, transition.config, planned.devices, ENGINE.kv_blocks)
+        Replica(1000 + index, 2, planned.config, planned.devices, ENGINE.kv_blocks)
         for index, planned in enumerate(transition.new)
     ]
     return retired, new
@@ -60,7 +61,7 @@ def test_every_send_has_its_receive_with_the_same_boxes_in_the_same_order(scene:
         for rank, device in enumerate(replica.devices):
             role = orders[device].role
             assert role is not None
-            assert (role.replica, role.rank) == (replica.number, rank)
+            assert ([one.replica for one in role.hosted], role.rank) == ([replica.number], rank)
             assert role.members[rank] == str(device)
             assert list(transition.needed[device]) == orders[device].needed
     roles = {device for device, order in orders.items() if order.role}
@@ -106,7 +107,7 @@ def inheritance(scene: Scene, data: st.DataObject) -> tuple[list[Heir], list[Rep
 def test_kv_of_every_sequence_reaches_each_cell_of_its_new_replica_once(scene: Scene, data: st.DataObject) -> None:
     heirs, _, _ = inheritance(scene, data)
     starts = {heir.key: data.draw(st.integers(0, heir.tokens)) for heir in heirs if data.draw(st.booleans())}
-    sends, receives = kv_pieces(SPEC, heirs, starts)
+    sends, receives = kv_pieces(SPECS, heirs, starts)
     for source in sends:
         for target in receives:
             sent = [one for one in sends[source] if one.peer == str(target)]
@@ -132,7 +133,7 @@ def test_kv_of_every_sequence_reaches_each_cell_of_its_new_replica_once(scene: S
 @given(scene=scenes(), data=st.data())
 def test_what_is_sent_is_read_where_the_sequence_is(scene: Scene, data: st.DataObject) -> None:
     heirs, _, _ = inheritance(scene, data)
-    sends, _ = kv_pieces(SPEC, heirs, {})
+    sends, _ = kv_pieces(SPECS, heirs, {})
     for device, pieces in sends.items():
         for piece in pieces:
             for span in piece.spans:
@@ -159,7 +160,7 @@ def test_a_copy_is_read_where_no_cache_is_left_and_only_if_it_is_long_enough() -
         Device("c", 0): [m.Holding(1, 7, 9, right.layers, right.heads, True, [0, 1, 2])],
     }
     sources = found_sources(held)[7]
-    sends, receives = kv_pieces(SPEC, [Heir(7, 18, tuple(sources), new, (0, 1, 2, 3, 4))], {})
+    sends, receives = kv_pieces(SPECS, [Heir(7, 18, tuple(sources), new, (0, 1, 2, 3, 4))], {})
     assert list(sends) == list(receives) == [Device("a", 0)]
     assert [(piece.kept, piece.heads) for piece in sends[Device("a", 0)]] == [(False, left.heads), (True, right.heads)]
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from data.layout import ParallelConfig, Position
 from data.models import kv_head_range
 from serving import messages as m
+from serving.engine.checkpoints import Checkpoints
 from serving.engine.kv_cache import KvCache
 from serving.engine.place import Place
-from serving.engine.weights import CheckpointReader, load_weights, read_spec
+from serving.engine.weights import load_weights, read_spec
 from serving.worker.groups import Group, GroupBroken, connect_store
 from serving.worker.kv_movement import KvMover
 from serving.worker.movement import HeldTensor, WeightMover
@@ -130,14 +131,14 @@ def move(
             for tensor, start, stop in place.boxes(spec)
         }
         source = _cache(spec, old, before, kv_blocks)
-    mover = WeightMover(group, order.world, held, CheckpointReader(checkpoint), torch.float32, cpu, 4096)
+    mover = WeightMover(group, order.world, held, Checkpoints({"": checkpoint}), torch.float32, cpu, 4096)
     result = mover.run(order.needed, order.sends, order.receives)
     target = _cache(spec, new, after, kv_blocks) if new is not None else None
     copying = msgspec.msgpack.decode(bytes.fromhex(copy), type=m.Copy)
     switching = msgspec.msgpack.decode(bytes.fromhex(switch), type=m.Switch)
     if source is not None:
         _fill(source, [*copying.sends, *switching.sends])
-    kv = KvMover(group, order.world, lambda _: source, lambda _: target, spec.head_dim, torch.float32, 700)  # type: ignore[arg-type, return-value]
+    kv = KvMover(group, order.world, lambda _: source, lambda _: target, torch.float32, 700)  # type: ignore[arg-type, return-value]
     kv.run(copying.sends, copying.receives, share=0.9)
     kv.run(switching.sends, switching.receives)
     for span in {span.key: span for one in switching.receives for span in one.spans}.values():

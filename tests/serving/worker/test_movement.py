@@ -43,14 +43,14 @@ def move(members: Members, model: tuple[Path, ModelSpec], old: ParallelConfig, n
     if transition.empty:
         return
     retired = Replica(1, 1, old, before, KV_BLOCKS)
-    replica = Replica(2, 2, transition.config, transition.new[0].devices, KV_BLOCKS)
+    replica = Replica(2, 2, transition.new[0].config, transition.new[0].devices, KV_BLOCKS)
     world = world_of(transition, [replica, retired])
     store = Rendezvous("127.0.0.1", 10.0)
     prepares = prepare_orders(2, store.address, transition, [replica], world)
     heirs = _heirs(spec, draw, retired, replica)
     split = {heir.key: draw.randint(0, heir.tokens) for heir in heirs}  # what is copied first
-    first = kv_pieces(spec, [replace(heir, tokens=split[heir.key]) for heir in heirs], {})
-    rest = kv_pieces(spec, heirs, split)
+    first = kv_pieces({"": spec}, [replace(heir, tokens=split[heir.key]) for heir in heirs], {})
+    rest = kv_pieces({"": spec}, heirs, split)
     tasks = {}
     for rank, device in enumerate(world):
         options = {

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from serving.messages import Role
+from serving.messages import Hosted, Role
 from serving.worker.groups import Group
+from serving.worker.position import Position
 from serving.worker.pulse import Pulse
-from serving.worker.replica import Position, StepLoop
+from serving.worker.replica import StepLoop
 
 BEAT_S = 0.02
-ROLE = Role(7, ["i/0"], 0, 1, 1, 4, [2], 8)
+ROLE = Role(["i/0"], 0, 1, 1, [Hosted(7, "", 4, [2], 8)])
 
 
 class Loop(StepLoop):
@@ -22,7 +23,7 @@ class Loop(StepLoop):
 
     def __init__(self, work: Callable[[Loop], object]) -> None:
         group = Group(None, "", 0, 1, device=torch.device("cpu"), host="", timeout_s=1.0)  # type: ignore[arg-type]
-        super().__init__(Position(ROLE, None, None, group, None), lambda reason: None)  # type: ignore[arg-type]
+        super().__init__(Position(ROLE, (), group), lambda reason: None)  # type: ignore[arg-type]
         self._work = work
         self.released = threading.Event()
 

@@ -1,0 +1,258 @@
+"""Rank 0 of a group: owns the schedulers, says what every step computes, and reports what came of it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from serving.engine.batch import SampledToken, StepPlan
+from serving.engine.scheduler import Emission as Drawn
+from serving.engine.scheduler import ScheduledRequest, Scheduler
+from serving.engine.sharing import Sharing
+from serving.messages import (
+    Adoption,
+    Assignment,
+    Emission,
+    Message,
+    Paused,
+    Reserved,
+    Resident,
+    Residents,
+    Seat,
+    Tokens,
+    Wanted,
+)
+from serving.worker.groups import GroupBroken
+from serving.worker.position import Position
+from serving.worker.replica import IDLE_STEP, STOP, StepLoop, encode
+
+logger = logging.getLogger(__name__)
+
+_token_decoder = msgspec.msgpack.Decoder(list[SampledToken])
+_WINDOW = 4  # reports that may be on their way to the journal before the leader waits
+_LONG_STEP_S = 0.05  # worth a line in the log
+
+
+class Leader(StepLoop):
+    """Rank 0 of a group. `schedulers` are those of the position's parts, in their order.
+
+    Commands arrive through `submit`, `cancel` and `pause`.
+    """
+
+    def __init__(
+        self,
+        position: Position,
+        schedulers: Sequence[Scheduler],
+        *,
+        fail: Callable[[str], None],
+        report: Callable[[Message], None],
+        keepalive_s: float,
+    ) -> None:
+        super().__init__(position, fail)
+        self._sharing = Sharing(schedulers)
+        self._schedulers = dict(zip(position.replicas, schedulers, strict=True))
+        self._report = report
+        self._keepalive_s = keepalive_s
+        self._window = threading.Semaphore(_WINDOW)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._in_flight: deque[tuple[StepPlan, list[SampledToken] | None]] = deque()
+        self._pausing = False
+        self._reserved: dict[int, dict[int, Seat]] = {}  # by epoch and request
+        self._relieved: set[int] = set()  # replicas that lost requests without an emission to say how much is left
+        self._spoke_at = time.monotonic()
+
+    def submit(self, replica: int, assignments: list[Assignment]) -> None:
+        """New requests, or requests to be replayed."""
+        self._commands.put(lambda: self._add(replica, assignments))
+
+    def cancel(self, replica: int, keys: list[int]) -> None:
+        """Forget requests; unknown keys are ignored."""
+        self._commands.put(lambda: self._cancel(replica, keys))
+
+    def pause(self) -> None:
+        """Stop at the next step boundary and report what is resident."""
+        self._commands.put(self._pause)
+
+    def discard(self) -> None:
+        """As for every loop; an idle one wakes up to end."""
+        super().discard()
+        self._commands.put(lambda: None)
+
+    def taken(self, count: int) -> None:
+        """`count` reports have been journalled."""
+        self._window.release(count)
+
+    def adopt(self, adoptions: list[Adoption]) -> None:
+        """Before `start`: take over requests whose KV is in the cache."""
+        try:
+            for adoption in adoptions:
+                self._schedulers[adoption.replica].claim(adoption.blocks)
+        except ValueError as error:
+            raise GroupBroken(f"blocks promised to requests: {error}") from error
+        for adoption in adoptions:
+            self._adopt(adoption)
+
+    def snapshot(self, epoch: int) -> None:
+        """Report what is resident at the next step boundary, and go on."""
+        self._commands.put(lambda: self._report(Residents(epoch, self.position.number, self._residents())))
+
+    def reserve(self, epoch: int, wanted: list[Wanted]) -> None:
+        """Set blocks aside for requests that will join in `epoch`, as long as running ones keep a spare each."""
+        self._commands.put(lambda: self._reserve(epoch, wanted))
+
+    def graft(self, epoch: int, adoptions: list[Adoption]) -> None:
+        """Let requests join whose KV is in reserved blocks; what else was reserved for `epoch` is free again."""
+        self._commands.put(lambda: self._graft(epoch, adoptions))
+
+    def _reserve(self, epoch: int, wanted: list[Wanted]) -> None:
+        seats = self._reserved.setdefault(epoch, {})
+        for one in wanted:
+            blocks = self._schedulers[one.replica].reserve(one.tokens)
+            if blocks is not None:
+                seats[one.key] = Seat(one.key, one.replica, blocks)
+        self._report(Reserved(epoch, list(seats.values())))
+
+    def _graft(self, epoch: int, adoptions: list[Adoption]) -> None:
+        seats = self._reserved.pop(epoch, {})
+        for adoption in adoptions:
+            if seats.pop(adoption.assignment.key, None) is not None:  # else the epoch was abandoned before this came
+                self._adopt(adoption)
+        for seat in seats.values():
+            self._schedulers[seat.replica].release(seat.blocks)
+
+    def _adopt(self, adoption: Adoption) -> None:
+        request = scheduled(adoption.assignment)
+        self._schedulers[adoption.replica].adopt(request, adoption.cached_tokens, adoption.blocks)
+
+    def _add(self, replica: int, assignments: list[Assignment]) -> None:
+        for assignment in assignments:
+            self._schedulers[replica].add(scheduled(assignment))
+
+    def _cancel(self, replica: int, keys: list[int]) -> None:
+        for key in keys:
+            if self._schedulers[replica].abort(key):
+                self._relieved.add(replica)
+
+    def _pause(self) -> None:
+        self._pausing = True
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            self._obey()
+            if self._pausing and not self._in_flight:
+                break
+            launched = not self._pausing and self._launch()
+            if self._in_flight and (not launched or len(self._in_flight) >= self.position.role.stages):
+                self._collect()
+            elif not launched:
+                self._idle()
+        if not self._stopped.is_set():
+            self._leave()
+
+    def _obey(self) -> None:
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _idle(self) -> None:
+        self.resting = True
+        try:
+            command = self._commands.get(timeout=self._keepalive_s / 4)
+            self.resting = False
+            command()
+        except queue.Empty:
+            self.resting = False
+            self._expire(time.monotonic())
+        if time.monotonic() - self._spoke_at > self._keepalive_s:
+            self._broadcast(encode(StepPlan(IDLE_STEP, [])))
+
+    def _launch(self) -> bool:
+        now = time.monotonic()
+        self._expire(now)
+        plan = self._sharing.schedule(now)
+        if plan is None:
+            return False
+        self._broadcast(encode(plan))
+        logits = self._compute(plan)
+        launched = time.monotonic()
+        model = self.position.parts[plan.part].model
+        drawn = model.draw(logits, plan) if self.position.role.rank == self.position.tail else None
+        self._in_flight.append((plan, drawn))
+        if (ended := time.monotonic()) - now > _LONG_STEP_S:
+            rows = sum(len(one.tokens) for one in plan.sequences)
+            spent_ms = 1e3 * (launched - now), 1e3 * (ended - now)
+            logger.debug("a step of %d rows: %.0f ms to launch, %.0f in all", rows, *spent_ms)
+        return True
+
+    def _collect(self) -> None:
+        plan, drawn = self._in_flight.popleft()
+        if drawn is None:
+            drawn = _token_decoder.decode(self.position.group.receive_bytes(self.position.tail))
+        self.position.group.check()
+        self.steps += 1
+        replica = self.position.replicas[plan.part]
+        self._tell(replica, self._schedulers[replica].complete(plan, drawn))
+
+    def _expire(self, now_s: float) -> None:
+        for replica, scheduler in self._schedulers.items():
+            self._tell(replica, scheduler.expire(now_s))
+
+    def _broadcast(self, payload: bytes) -> None:
+        self._spoke_at = time.monotonic()
+        for rank in range(1, len(self.position.role.members)):
+            self._later(self.position.group.send_bytes(payload, rank))
+
+    def _leave(self) -> None:
+        self._broadcast(STOP)
+        while self._sends:
+            self._sends.popleft().wait()
+        self._report(Paused(self.position.number, self._residents()))
+
+    def _residents(self) -> list[Resident]:
+        return [Resident(*one) for scheduler in self._schedulers.values() for one in scheduler.snapshot()]
+
+    def _granted(self) -> bool:
+        """Wait until the journal can take another report; False if the loop is stopped meanwhile."""
+        self.resting = True
+        try:
+            while not self._window.acquire(timeout=0.5):
+                if self._stopped.is_set():
+                    return False
+            return True
+        finally:
+            self.resting = False
+
+    def _tell(self, replica: int, drawn: list[Drawn]) -> None:
+        quiet = not drawn and (self._in_flight or replica not in self._relieved)
+        if quiet or self._stopped.is_set():
+            return
+        # What ends while it is under way is freed after its step, which then has nothing else to say.
+        if not self._in_flight:
+            self._relieved.discard(replica)
+        elif any(one.token is None for one in drawn):
+            self._relieved.add(replica)
+        if not self._granted():
+            return
+        emissions = [
+            Emission(one.key, one.index, one.token, one.logprob, list(one.top), one.finish, one.error) for one in drawn
+        ]
+        scheduler = self._schedulers[replica]
+        self._report(Tokens(replica, emissions, scheduler.running, scheduler.waiting, scheduler.kv_usage))
+
+
+def scheduled(assignment: Assignment) -> ScheduledRequest:
+    """The scheduler's form of an assignment; its deadline starts to count now."""
+    deadline_at = None if assignment.deadline_s is None else time.monotonic() + assignment.deadline_s
+    return ScheduledRequest(
+        key=assignment.key,
+        prompt=assignment.prompt,
+        output=list(assignment.output),
+        sampling=assignment.sampling,
+        limits=assignment.limits,
+        deadline_at_s=deadline_at,
+    )

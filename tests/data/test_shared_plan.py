@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from data.canonical import canonical_json, checksum
+from data.catalog import instance_type, model_shape
+from data.cluster import ClusterSpec, ClusterState
+from data.deployment import Deployment, Hosted, SharedGroup
+from data.errors import CorruptData, InvalidInput
+from data.shared_plan import SharedPlan, SharedPlanBook, Speed, is_shared
+
+A, B = model_shape("opt-6.7b"), replace(model_shape("opt-6.7b"), name="b")
+TYPE = instance_type("local-cpu")
+FLEET = ClusterSpec("fleet", (TYPE,), (4,))
+TOGETHER = SharedGroup(1, 1, (Hosted(A.name, 4, 0.5), Hosted("b", 2, 0.5)))
+PIPELINE = SharedGroup(2, 1, (Hosted("b", 4),))
+
+
+def plan(count: int, *groups: SharedGroup) -> SharedPlan:
+    state = ClusterState.of({TYPE.name: count})
+    return SharedPlan(state, Deployment(groups) if groups else None, "for a test")
+
+
+BOOK = SharedPlanBook(
+    (A, B),
+    FLEET,
+    "given",
+    (plan(0), plan(1, TOGETHER), plan(3, TOGETHER, PIPELINE)),
+    (Speed(A.name, 1, 1, 1e-4, 0.01), Speed("b", 1, 1, 1e-4, 0.02), Speed("b", 2, 1, 1e-4, 0.015)),
+)
+
+
+def rewritten(**change: Any) -> bytes:
+    body = {**json.loads(BOOK.to_bytes()), **change}
+    del body["sha256"]
+    return canonical_json({**body, "sha256": checksum(body)})
+
+
+def test_bytes_round_trip() -> None:
+    assert SharedPlanBook.from_bytes(BOOK.to_bytes()) == BOOK
+    assert SharedPlanBook.from_bytes(BOOK.to_bytes()).sha256 == BOOK.sha256
+    assert is_shared(BOOK.to_bytes())
+
+
+def test_a_state_between_two_gets_the_largest_listed_part_of_it() -> None:
+    assert [plan.deployment for plan in map(BOOK.plan_for, [p.state for p in BOOK.plans])] == [
+        None,
+        Deployment((TOGETHER,)),
+        Deployment((TOGETHER, PIPELINE)),
+    ]
+    assert BOOK.plan_for(ClusterState.of({TYPE.name: 2})) == BOOK.plans[1]
+    empty = SharedPlanBook((A,), FLEET, "given", ())
+    assert "no plan" in empty.plan_for(ClusterState.of({TYPE.name: 2})).reason
+
+
+@pytest.mark.parametrize(
+    ("plans", "why"),
+    [
+        ((plan(1, PIPELINE),), "takes 2 devices of 1"),
+        ((plan(1, SharedGroup(1, 1, (Hosted("c", 1),))),), "'c', which is none of"),
+        ((plan(1, TOGETHER), plan(1)), "one plan for each state"),
+    ],
+)
+def test_impossible_books_are_refused(plans: tuple[SharedPlan, ...], why: str) -> None:
+    with pytest.raises(InvalidInput, match=why):
+        replace(BOOK, plans=plans)
+    with pytest.raises(InvalidInput, match=r"no speed is given for 'opt-6\.7b' at P1·T1"):
+        replace(BOOK, speeds=BOOK.speeds[1:])
+    with pytest.raises(InvalidInput, match="is negative"):
+        replace(BOOK.speeds[0], step_s=-1.0)
+    with pytest.raises(InvalidInput, match="name of its own"):
+        replace(BOOK, models=(A, A))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{", "no plan book of several models"),
+        (b'{"kind": "other"}', "no plan book of several models"),
+        (rewritten(schema_version=2), "schema 2, not 1"),
+        (BOOK.to_bytes().replace(b'"given"', b'"taken"'), "checksum is wrong"),
+        (rewritten(speeds=[{"model": "b"}]), "lacks the field"),
+        (rewritten(models=[{**A.to_json(), "layers": 0}, B.to_json()]), "layers must be at least 1"),
+        (rewritten(plans=[{"state": "local-cpu=1", "groups": [], "reason": ""}]), "at least one group"),
+    ],
+)
+def test_damage_is_said(content: bytes, why: str) -> None:
+    with pytest.raises(CorruptData, match=why):
+        SharedPlanBook.from_bytes(content)
