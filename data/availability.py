@@ -92,6 +92,21 @@ class AvailabilityTrace:
         return frozenset(alive)
 
 
+def read_availability(path: FilePath) -> dict[str, AvailabilityTrace]:
+    """The traces of a file in any of the formats below, told apart by the first line.
+
+    Raises `InvalidInput` for a table of many traces, of which `read_skypilot` chooses one.
+    """
+    start = first_line(path).lstrip("\ufeff").strip()
+    if start.startswith("{"):
+        return read_spotserve_cases(path)
+    if "t_seconds" in start:
+        trace = read_skypilot(path)
+    else:
+        trace = read_parcae(path) if "t_ms" in start else read_spotserve(path)
+    return {trace.name: trace}
+
+
 def read_spotserve(path: FilePath, *, notice_s: float = SPOTSERVE_NOTICE_S) -> AvailabilityTrace:
     """Event lines of SpotServe's recordings (Miao et al., ASPLOS 2024).
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import prefect.main  # noqa: F401  sets logging up; later, it would undo what is set below
 import prefect.settings as settings
 from prefect.settings import temporary_settings
 
