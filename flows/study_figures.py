@@ -36,11 +36,12 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Dollars and P99 of `systems` on one trace, and `lines` of them, such as on-demand fleets by size."""
+    """Dollars (or what `unit` says) and P99 of `systems` on one trace, and `lines` of them, such as fleets by size."""
 
     title: str
     systems: Mapping[str, Point]
     lines: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    unit: str = "dollars"
 
 
 def latency_bars(groups: Sequence[str], systems: Mapping[str, Sequence[Bar]]) -> Figure:
@@ -62,9 +63,9 @@ def latency_bars(groups: Sequence[str], systems: Mapping[str, Sequence[Bar]]) ->
     return figure
 
 
-def latency_over_time(panels: Sequence[Panel], most: int = 4) -> Figure:
+def latency_over_time(panels: Sequence[Panel], most: int = 4, columns: int = _COLUMNS) -> Figure:
     """Mean latency of what arrived around each moment, over the instance count as steps in the background."""
-    figure, grid = _figure(ceil(len(panels) / _COLUMNS), min(len(panels), _COLUMNS))
+    figure, grid = _figure(ceil(len(panels) / columns), min(len(panels), columns))
     for panel, axes in zip(panels, grid, strict=False):
         counts = [*panel.counts, (panel.end_s, panel.counts[-1][1])]
         below = axes.twinx()
@@ -86,7 +87,7 @@ def latency_over_time(panels: Sequence[Panel], most: int = 4) -> Figure:
 
 
 def cost_frontier(costs: Sequence[Costs]) -> Figure:
-    """P99 against dollars: systems as marks, fleets by size and policies by price as lines."""
+    """P99 against dollars: systems as marks; fleets by size and policies by price as lines, the first one in grey."""
     figure, grid = _figure(ceil(len(costs) / _COLUMNS), min(len(costs), _COLUMNS))
     for one, axes in zip(costs, grid, strict=False):
         for index, (name, points) in enumerate(one.lines.items()):
@@ -94,7 +95,7 @@ def cost_frontier(costs: Sequence[Costs]) -> Figure:
             if finite:
                 axes.plot(
                     *zip(*finite, strict=True),
-                    color=(SOFT, SERIES[0])[index % 2],
+                    color=_colour(index - 1) if index else SOFT,
                     linewidth=1.2,
                     marker=".",
                     label=name,
@@ -112,15 +113,15 @@ def cost_frontier(costs: Sequence[Costs]) -> Figure:
                 )
         _seconds(axes)
         axes.set_title(one.title, fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("dollars", color=SOFT)
+        axes.set_xlabel(one.unit, color=SOFT)
         axes.set_xlim(0)
     _finish(figure, grid, len(costs))
     return figure
 
 
-def bytes_moved(panels: Sequence[Panel]) -> Figure:
+def bytes_moved(panels: Sequence[Panel], columns: int = _COLUMNS) -> Figure:
     """GB that every change of the layout moved, by its moment; systems that moved nothing are left out."""
-    figure, grid = _figure(ceil(len(panels) / _COLUMNS), min(len(panels), _COLUMNS), tall=2.6)
+    figure, grid = _figure(ceil(len(panels) / columns), min(len(panels), columns), tall=2.6)
     for panel, axes in zip(panels, grid, strict=False):
         width = panel.end_s / 150
         for index, (name, points) in enumerate(panel.lines.items()):
