@@ -21,7 +21,8 @@ from data.synthesis import synthetic_availability
 from data.workload import Workload, read_workload
 from planning.availability import RECORDED, Process, fit
 from planning.costs import CostModel
-from planning.spot_policy import Load, build
+from planning.mixing import Market, Mixing, solve_mixing
+from planning.spot_policy import Book, Load, build
 from planning.study.case import Model
 from planning.study.measured import Demand, measured_model, published_model
 from planning.study.study import Study
@@ -35,6 +36,8 @@ DEFAULT_POLICIES = [
     "rerouting-new",
     "skyserve",
 ]
+# Dollars for a second of a request's latency, to draw the frontier with.
+LATENCY_USD = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.05)
 # Losses per hour of the synthetic fleets: as often as in SpotServe's segments, and three times as often.
 SYNTHETIC = {"calm": 12.0, "stormy": 36.0}
 _FLOORS = Path(__file__).resolve().parent.parent
@@ -46,7 +49,8 @@ class EvaluateRequest(BaseModel):
     `profile` is a folder of one's own measurements (without: `model` of the published profile), `availability` files of
     traces (without: synthetic fleets of about `instances`), `workload` a file of requests (without: Gamma
     arrivals with `cv`). `rate_rps` is the rate of arrivals: of a workload, of the published profile, or 1.
-    Prices of 0 are those of `instance_type` in the catalog. `input_tokens` and `output_tokens` are used with a profile.
+    Prices of 0 are those of `instance_type` in the catalog; `latency_usd` is what a second of a request's latency is
+    held to cost where instances are bought for it. `input_tokens` and `output_tokens` are used with a profile.
     """
 
     model: str = "20B"
@@ -62,6 +66,7 @@ class EvaluateRequest(BaseModel):
     output_tokens: int | None = Field(default=None, ge=1)
     spot_usd_h: float = Field(default=0.0, ge=0)
     on_demand_usd_h: float = Field(default=0.0, ge=0)
+    latency_usd: float = Field(default=0.01, gt=0)
     policies: list[str] = Field(default=DEFAULT_POLICIES, min_length=1)
     seeds: int = Field(default=3, ge=1)
     workers: int = Field(default=2, ge=1)
@@ -100,10 +105,19 @@ def make_study(request: EvaluateRequest) -> Study:
     load = _load(request, workload)
     model = _model(request, load, workload)
     most = max(*(trace.most for trace in traces.values()), model.wanted)
-    book = build(model.costs, replace(_process(list(traces.values())), most=most), load)
+    process = replace(_process(list(traces.values())), most=most)
+    book = build(model.costs, process, load)
+    mixings = _mixings(request, book, process, model) if "perennial-mixed" in request.policies else {}
     recorded = np.array([one.arrival_s for one in workload.requests]) if workload else None
     seeds = 1 if workload else request.seeds
-    return Study(model, traces, tuple(dict.fromkeys(request.policies)), seeds, book, load.cv, recorded)
+    return Study(model, traces, tuple(dict.fromkeys(request.policies)), seeds, book, load.cv, recorded, mixings)
+
+
+def _mixings(request: EvaluateRequest, book: Book, process: Process, model: Model) -> dict[float, Mixing]:
+    """Policies by the price of a second, that of the request first."""
+    market = Market(model.kind.price_spot_usd_h / 3600, model.kind.price_on_demand_usd_h / 3600)
+    prices = dict.fromkeys((request.latency_usd, *LATENCY_USD))
+    return {usd: solve_mixing(book, process, market, usd, model.wanted) for usd in prices}
 
 
 def _traces(request: EvaluateRequest) -> dict[str, AvailabilityTrace]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from flows.pages import facts, figure, page, section, table, tiles
 from flows.study_figures import Costs, Panel, bytes_moved, cost_frontier, latency_bars, latency_over_time
-from planning.study.results import Pooled, Result, pooled
+from planning.study.results import Pooled, Result, frontier, pooled
 from planning.study.study import Study
 from planning.study.systems import system
 
@@ -60,6 +60,10 @@ class Findings:
         """The on-demand fleets of the frontier, from small to large."""
         return [self.of(trace, f"on-demand {count}") for count in self.study.constants]
 
+    def mixed(self, trace: str) -> list[Pooled]:
+        """The mixing policies of the frontier, by the price of a second."""
+        return [self.of(trace, f"perennial-mixed {usd:g}") for usd in sorted(self.study.mixings)]
+
     def _place(self, result: Result) -> tuple[int, int, str]:
         names = list(self.study.policies)
         known = names.index(result.policy) if result.policy in names else len(names)
@@ -99,7 +103,10 @@ def trace_changes(findings: Findings, trace: str) -> Panel:
 def trace_costs(findings: Findings, trace: str) -> Costs:
     """Dollars and P99 of the policies on one trace, beside on-demand fleets of every size."""
     points = {system(policy).title: _point(findings.of(trace, policy)) for policy in findings.study.policies}
-    return Costs(trace, points, {"on demand, by size": [_point(one) for one in findings.fleets(trace)]})
+    lines = {"on demand, by size": [_point(one) for one in findings.fleets(trace)]}
+    if findings.study.mixings:
+        lines["Perennial, mixed, by the price of a second"] = frontier([_point(one) for one in findings.mixed(trace)])
+    return Costs(trace, points, lines)
 
 
 def study_page(findings: Findings) -> str:

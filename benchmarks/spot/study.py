@@ -30,7 +30,7 @@ from planning.study.systems import (
     ablations,
     oracle,
     perennial,
-    perennial_mixed,
+    perennial_fallback,
     reparallelization,
     rerouting,
     rerouting_best,
@@ -55,7 +55,7 @@ _LONG_RUNS: Mapping[str, Callable[[Case], Outcome]] = {
     "Rerouting pinned, new": partial(rerouting, fill=False),
     "SkyServe-like": skyserve,
     "ours": perennial,
-    "ours, with on-demand": perennial_mixed,
+    "ours, with on-demand": perennial_fallback,
     "oracle": oracle,
 }
 
@@ -120,7 +120,7 @@ def _panels(inputs: Inputs, progress: Progress) -> Iterator[Result]:
                 "Rerouting best, new": rerouting_best(case, fill=False),
                 "SkyServe-like": skyserve(case),
                 "ours": perennial(case),
-                "ours, with on-demand": perennial_mixed(case),
+                "ours, with on-demand": perennial_fallback(case),
                 "ours, worst slowdown": perennial(case, _WORST),
                 "oracle": oracle(case),
             }

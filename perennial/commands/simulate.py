@@ -44,6 +44,7 @@ def simulate(
     output_tokens: Annotated[int | None, typer.Option(help="Output of a request, with --profile.")] = None,
     spot_price: Annotated[float, typer.Option(help="Dollars per hour of a spot instance; 0: the catalog's.")] = 0.0,
     on_demand_price: Annotated[float, typer.Option(help="The same of an on-demand instance.")] = 0.0,
+    latency_price: Annotated[float, typer.Option(help="Dollars that a second of a request's latency is worth.")] = 0.01,
     out: Annotated[Path | None, typer.Option(help="Folder for the page and the numbers.")] = None,
     workers: Annotated[int, typer.Option(help="Simulations at once; 0: as many as there are cores.")] = 0,
 ) -> None:
@@ -73,6 +74,7 @@ def simulate(
         output_tokens=output_tokens,
         spot_usd_h=spot_price,
         on_demand_usd_h=on_demand_price,
+        latency_usd=latency_price,
         workers=workers or cpu_count() or 1,
         home=str(settings.home.absolute()),
         registry=settings.registry_uri,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from data.availability import AvailabilityTrace
 from data.cluster import InstanceType
 from data.synthesis import gamma_gaps
+from planning.mixing import Mixing
 from planning.simulation.serving_perennial import Target
 from planning.simulation.serving_spotserve import StaticFleet
 from planning.spot_policy import Book
@@ -46,12 +47,16 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One model on one trace with one arrival process; `book` is our policy for it."""
+    """One model on one trace with one arrival process.
+
+    `book` is our policy for it, `mixing` the one that also decides how many instances to hold.
+    """
 
     model: Model
     trace: AvailabilityTrace
     arrival_s: Times
     book: Book
+    mixing: Mixing | None = None
 
     @property
     def spot_usd(self) -> float:

@@ -19,6 +19,7 @@ from planning.simulation.serving_spotserve import simulate_spotserve
 from planning.spot_policy import pinned_policy, published_policy
 from planning.study.case import DISK_BYTES_PER_S, Case
 from planning.study.fleets import with_fallback
+from planning.study.mixed import mixed_fleet
 
 FREE = Charges(start_s=0.0, cut_s=0.0, prepare_s=0.0, slowdown=1.0, background=1e3, margin_s=0.0, disk_bytes_per_s=1e15)
 _MOST_PINNED_DEVICES = 24
@@ -92,11 +93,21 @@ def perennial(case: Case, charges: Charges | None = None, policy: Policy | None 
     return replace(found, usd=case.spot_usd)
 
 
-def perennial_mixed(case: Case) -> Outcome:
+def perennial_fallback(case: Case) -> Outcome:
     """Ours with on-demand instances for missing spot ones, but none too many."""
     trace, hired_s = with_fallback(case.trace, case.model.wanted)
     found = perennial(replace(case, trace=trace))
     return replace(found, usd=case.spot_usd + case.on_demand_usd(hired_s))
+
+
+def perennial_mixed(case: Case) -> Outcome:
+    """Ours, deciding too how many instances of each kind to hold. Raises `InvalidInput` without a policy for that."""
+    if case.mixing is None:
+        raise InvalidInput("how many instances to hold has not been decided for this case; solve `planning.mixing`")
+    fleet = mixed_fleet(case.trace, case.mixing)
+    found = perennial(replace(case, trace=fleet.trace), policy=case.mixing.target)
+    spot_usd = fleet.spot_s / 3600 * case.model.kind.price_spot_usd_h
+    return replace(found, usd=spot_usd + case.on_demand_usd(fleet.on_demand_s))
 
 
 def on_demand(case: Case, instances: int | None = None) -> Outcome:
@@ -137,7 +148,12 @@ SYSTEMS: Mapping[str, System] = {
         "Perennial", "plans for the journey, moves requests with their KV, prepares beside the serving", perennial
     ),
     "perennial-mixed": System(
-        "Perennial, with on-demand", "the same, on-demand instances for missing spot ones", perennial_mixed
+        "Perennial, mixed",
+        "the same, deciding how many spot, on-demand and spare instances to hold",
+        perennial_mixed,
+    ),
+    "perennial-fallback": System(
+        "Perennial, with on-demand", "as Perennial, on-demand instances for missing spot ones", perennial_fallback
     ),
     "on-demand": System("on demand", "our engine on on-demand instances that stay", on_demand),
     "skyserve": System(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from data.availability import AvailabilityTrace, Change
 from data.catalog import instance_type, published_profile
 from data.errors import InvalidInput
 from planning.availability import Process
+from planning.mixing import Market, solve_mixing
 from planning.spot_policy import Load, build
 from planning.study.measured import published_model
 from planning.study.results import Result
@@ -31,8 +34,10 @@ FLEET = AvailabilityTrace(
 def study() -> Study:
     load = Load(1.5, 1.0)
     model = published_model(published_profile("6.7B"), instance_type("g4dn.12xlarge"), load, 4)
-    book = build(model.costs, Process(4, 1e-4, 1e-3, {1: 1.0}, {1: 1.0}), load)
-    return Study(model, {"lossy": FLEET}, tuple(SYSTEMS), 1, book)
+    process = Process(4, 1e-4, 1e-3, {1: 1.0}, {1: 1.0})
+    book = build(model.costs, process, load)
+    mixings = {usd: solve_mixing(book, process, Market(1.9046 / 3600, 3.912 / 3600), usd) for usd in (0.01, 0.0001)}
+    return Study(model, {"lossy": FLEET}, tuple(SYSTEMS), 1, book, mixings=mixings)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,9 @@ def test_dollars_are_those_of_the_instances(results: dict[str, Result]) -> None:
     for name in ("perennial", "spotserve-new", "rerouting-old", "oracle"):
         assert results[name].usd == pytest.approx(spot)
     assert results["on-demand 4"].usd == pytest.approx(4 * 360 / 3600 * 3.912)
-    assert results["perennial-mixed"].usd > spot
+    assert results["perennial-fallback"].usd > spot
+    assert results["perennial-mixed 0.0001"].usd < results["perennial-mixed 0.01"].usd
+    assert replace(results["perennial-mixed 0.01"], policy="perennial-mixed") == results["perennial-mixed"]
 
 
 def test_free_transitions_are_no_worse_and_a_stable_fleet_moves_nothing(results: dict[str, Result]) -> None:
