@@ -48,7 +48,7 @@ def main() -> int:
             for name in RATES_RPS:
                 rows.append(measure(name, most, policy))
                 print(json.dumps(rows[-1]), flush=True)
-    result = {"fingerprint": asdict(this_machine()), "rows": rows, "bars": bars(rows)}
+    result: dict[str, Any] = {"fingerprint": asdict(this_machine()), "rows": rows, "bars": bars(rows)}
     print(json.dumps(result["bars"], indent=1))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

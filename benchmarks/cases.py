@@ -20,10 +20,11 @@ from benchmarks.alpaserve_cases import check_placements
 from benchmarks.alpaserve_files import is_planning_case
 from benchmarks.checks import Checker, Document, FileReport, Folder, Verdict
 from benchmarks.spotserve_cases import CHECKERS
+from data import catalog
 from data.errors import PerennialError
 
 # SpotServe's published T4 profiles, for folders of rows that come without them (source and licence inside).
-_PUBLISHED = {"profiles.json": Path(__file__).with_name("spotserve_profiles.json")}
+_PUBLISHED = {"profiles.json": Path(catalog.__file__).with_name("spotserve_profiles.json")}
 _INPUTS = ("profiles.json", "arrivals.npz", "README.md")
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, PerennialError)
 

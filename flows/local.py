@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from data.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from flows.evaluate import EvaluateResult
     from flows.plan import PlanRequest, PlanResult
     from flows.profile import ProfileRequest
     from flows.progress import Listener
+    from flows.study_inputs import EvaluateRequest
 
 
 def run_profile(request: ProfileRequest, *, on_progress: Listener | None = None) -> str:
@@ -38,6 +40,16 @@ def run_plan(request: PlanRequest, *, on_progress: Listener | None = None) -> Pl
 
         with listening(on_progress):
             return plan(request)
+
+
+def run_evaluate(request: EvaluateRequest, *, on_progress: Listener | None = None) -> EvaluateResult:
+    """Run the flow `evaluate`; returns where its page is, and its numbers."""
+    with _prefect(request.home):
+        from flows.evaluate import evaluate_with
+        from flows.progress import listening
+
+        with listening(on_progress):
+            return evaluate_with(request)
 
 
 def serve_plan(request: PlanRequest, *, cron: str = "", every_s: float = 0.0) -> None:

@@ -24,6 +24,7 @@ from flows.profile import ProfileRequest, profile
 from flows.publish import Published, publish
 from flows.registry import CHAMPION, Registry, Release
 from flows.summary import FitError, frontier_rows, summary_markdown
+from flows.tracking import place
 from planning.availability import fit
 from planning.book import Policy, build_book
 from planning.costs import CostModel, holdout_error
@@ -151,8 +152,7 @@ def write_book(book: PlanBook, folder: Path) -> Path:
 
 def open_registry(home: str, uri: str = "") -> Registry:
     """The registry at `uri`, or the one on SQLite in `home`."""
-    root = Path(home).absolute()
-    return Registry(uri or f"sqlite:///{root / 'mlflow.db'}", root / "mlflow-artifacts")
+    return Registry(*place(home, uri))
 
 
 def _cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:

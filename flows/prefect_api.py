@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import prefect.main  # noqa: F401  sets logging up; later, it would undo what is set below
 import prefect.settings as settings
 from prefect.settings import temporary_settings
 
 from data.errors import PerennialError
 
-_LOGGERS = ("prefect", "prefect.flow_runs", "prefect.task_runs")
+_LOGGERS = ("prefect", "prefect.flow_runs", "prefect.task_runs", "prefect._internal")
 _START_S = 60.0
 _STOP_S = 5.0
 _POLL_S = 0.05

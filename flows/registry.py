@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from data.plan import PlanBook, PlanChange, difference
 from data.profile import Profile
 from flows.figures import figures
 from flows.summary import FitError, curve_metrics, frontier_table, summary_markdown, transition_table
+from flows.tracking import Tracking
 from serving.controller.plans import SHA256_TAG, RegistryReader, quiet_mlflow
 from serving.errors import NotFound
 
@@ -98,17 +98,13 @@ class Registry:
 
     def __init__(self, uri: str, artifacts: Path | None = None) -> None:
         self.uri = uri
-        self._artifacts = artifacts
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        for name in ("mlflow", "alembic"):  # they announce every migration of a fresh database
-            logging.getLogger(name).setLevel(logging.WARNING)
+        self._tracking = Tracking(uri, artifacts)
+        self._client = self._tracking.client
         self._reader = RegistryReader(uri)
-        self._client = self._reader.client
 
     def log(self, release: Release) -> LoggedPlan:
         """Write the run page and the model, and return both. A failure leaves a deleted run."""
-        run = self._client.create_run(self._experiment_id(), run_name=release.name)
+        run = self._client.create_run(self._tracking.experiment_id(EXPERIMENT), run_name=release.name)
         run_id = run.info.run_id
         try:
             pictures = figures(release.book, release.profile)
@@ -219,13 +215,6 @@ class Registry:
         """Part of MLflow looks at the process's URIs only, even below a client that was given others."""
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
-
-    def _experiment_id(self) -> str:
-        experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        if experiment is not None:
-            return str(experiment.experiment_id)
-        location = self._artifacts.absolute().as_uri() if self._artifacts else None
-        return str(self._client.create_experiment(EXPERIMENT, artifact_location=location))
 
     def _log_run_page(self, run_id: str, release: Release, pictures: Mapping[str, Figure]) -> None:
         now_ms = int(time() * 1000)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from data.errors import InvalidInput, PerennialError
-from perennial.commands import clients, demo, make, planning, plans, serving
+from perennial.commands import clients, demo, make, planning, plans, serving, simulate
 
 app = typer.Typer(
     name="perennial",
@@ -30,7 +30,7 @@ def options(
         os.environ["PERENNIAL_DEBUG"] = "1"
 
 
-for module in (demo, make, planning, plans, serving, clients):
+for module in (demo, make, planning, plans, simulate, serving, clients):
     module.register(app)
 
 

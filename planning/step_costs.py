@@ -46,11 +46,31 @@ class StepTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes: weights of one decoder layer, embeddings (whole, on every device), and KV of one whole request."""
+
+    layer: float
+    embedding: float
+    kv: float
+
+    @classmethod
+    def published(cls, model: GptShape) -> Sizes:
+        """A GPT in fp32, its requests as profiled."""
+        hidden = model.hidden
+        return cls(
+            layer=_FP32 * (12 * hidden**2 + 13 * hidden),
+            embedding=_FP32 * (2 * model.vocab + model.max_seq) * hidden,
+            kv=2 * _FP32 * model.layers * hidden * (INPUT_TOKENS + OUTPUT_TOKENS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StepCosts:
     """Times and bytes of `model` on instances of `gpus` devices with `memory_bytes` each, `link_bytes_per_s` between.
 
-    `reserve_bytes` of every device are for contexts, libraries and activations. With `plain_prefill` a
-    group of prompts takes as long as one after the other would, without the published division.
+    `reserve_bytes` of every device are for contexts, libraries and activations. Without `sizes` the model is
+    a GPT in fp32. With `plain_prefill` a group of prompts takes as long as one after the other would, without the
+    published division.
     """
 
     profile: StaticBatchProfile
@@ -60,6 +80,7 @@ class StepCosts:
     reserve_bytes: float = 1.5e9
     link_bytes_per_s: float = 50e9 / 8
     plain_prefill: bool = False
+    sizes: Sizes | None = None
 
     def shapes(self) -> list[Shape]:
         """Shapes that fill whole instances and fit with at least one request."""
@@ -101,28 +122,22 @@ class StepCosts:
     @property
     def kv_bytes(self) -> float:
         """KV of one whole request over all devices."""
-        return 2 * _FP32 * self.model.layers * self.model.hidden * (INPUT_TOKENS + OUTPUT_TOKENS)
+        return self._sizes.kv
 
     @property
     def cell_bytes(self) -> float:
         """One layer's share of `FINE_SHARDS`."""
-        return self.layer_bytes / FINE_SHARDS
-
-    @property
-    def layer_bytes(self) -> float:
-        """Weights of one decoder layer."""
-        return _FP32 * (12 * self.model.hidden**2 + 13 * self.model.hidden)
+        return self._sizes.layer / FINE_SHARDS
 
     @property
     def instance_bytes(self) -> float:
         """Memory of an instance for layers and KV: embeddings are on every device, as published."""
-        embeddings = _FP32 * (2 * self.model.vocab + self.model.max_seq) * self.model.hidden
-        return self.gpus * (self.memory_bytes - self.reserve_bytes - embeddings)
+        return self.gpus * (self.memory_bytes - self.reserve_bytes - self.embedding_bytes)
 
     @property
     def embedding_bytes(self) -> float:
         """What an instance has to receive once, whatever its role; inside it is copied."""
-        return _FP32 * (2 * self.model.vocab + self.model.max_seq) * self.model.hidden
+        return self._sizes.embedding
 
     def roles(self, shape: Shape) -> list[Cells]:
         """What each instance of a replica holds: [layer, fine shard] of its devices together."""
@@ -138,8 +153,11 @@ class StepCosts:
 
     def _fullest_bytes(self, shape: Shape) -> float:
         layers = ceil(self.model.layers / shape.stages)
-        embeddings = _FP32 * (2 * self.model.vocab + self.model.max_seq) * self.model.hidden
-        return layers * self.layer_bytes / shape.shards + embeddings
+        return layers * self._sizes.layer / shape.shards + self.embedding_bytes
+
+    @property
+    def _sizes(self) -> Sizes:
+        return self.sizes or Sizes.published(self.model)
 
     def _layer_ms(self, shards: int, batch: int, which: int) -> float:
         known = sorted(size for wide, size in self.profile.layer_ms if wide == shards)

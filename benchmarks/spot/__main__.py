@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import time
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from benchmarks.spot.bars import bars
 from benchmarks.spot.inputs import REFERENCE, Inputs
 from benchmarks.spot.page import bar_table, panel_table, write_page
 from benchmarks.spot.study import run
+from planning.study.results import finite
 from profiling.fingerprint import this_machine
 
 
@@ -40,19 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     result["seeds"], result["seconds"] = options.seeds, round(time.perf_counter() - begun, 1)
     console.print(panel_table(result["panels"]), bar_table(result["bars"]))
     options.out.mkdir(parents=True, exist_ok=True)
-    written = _finite({"machine": this_machine().to_json(), **result})
+    written = finite({"machine": this_machine().to_json(), **result})
     (options.out / "spot.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     write_page(options.out / "spot.html", result)
     return 1 if any(not bar["met"] for bar in result["bars"]) else 0
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: what never happens is `null`."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 if __name__ == "__main__":

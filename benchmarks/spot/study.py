@@ -13,33 +13,30 @@ from scipy.stats import t as student
 
 from benchmarks.spot.inputs import (
     MODELS,
-    ON_DEMAND_USD_H,
     PUBLISHED_CV,
     SCRIPTED_NEW,
-    SPOT_USD_H,
     TRACES,
     Inputs,
-    Model,
-    bursty,
-    capped,
     long_arrivals,
 )
-from benchmarks.spot.systems import (
-    Case,
+from planning.simulation.serving import Outcome, constant
+from planning.simulation.serving_perennial import Charges
+from planning.simulation.serving_spotserve import simulate_constant
+from planning.spot_policy import Book, Load, build
+from planning.study.case import Case, Model, Times, gamma_times
+from planning.study.fleets import capped
+from planning.study.results import longest_pause_s, over_time
+from planning.study.systems import (
     ablations,
     oracle,
     perennial,
-    perennial_mixed,
+    perennial_fallback,
     reparallelization,
     rerouting,
     rerouting_best,
     skyserve,
     spotserve,
 )
-from planning.simulation.serving import Outcome, constant
-from planning.simulation.serving_perennial import Charges
-from planning.simulation.serving_spotserve import simulate_constant
-from planning.spot_policy import Book, Load, build
 
 Result = dict[str, Any]
 Progress = Callable[[str], None]
@@ -47,6 +44,7 @@ Progress = Callable[[str], None]
 CVS = (1.0, 6.0)
 ON_DEMAND = 8  # instances of the cost bar
 _PRICED = ("ours", "ours, with on-demand", "SkyServe-like")
+_DRAWN = ("SpotServe, new batching", "ours")
 _FEW = 5  # seeds where the question is only whether a result hangs on one assumption
 _CAPS = range(3, 11)
 _WORST = Charges(slowdown=1.25)  # of our measurements, not their median
@@ -57,7 +55,7 @@ _LONG_RUNS: Mapping[str, Callable[[Case], Outcome]] = {
     "Rerouting pinned, new": partial(rerouting, fill=False),
     "SkyServe-like": skyserve,
     "ours": perennial,
-    "ours, with on-demand": perennial_mixed,
+    "ours, with on-demand": perennial_fallback,
     "oracle": oracle,
 }
 
@@ -93,7 +91,6 @@ def _process(inputs: Inputs) -> Result:
 def shown(outcome: Outcome) -> Result:
     """Mean, percentiles, unfinished, longest pause, bytes."""
     found = outcome.summary()
-    pauses = [one.ready_s - one.stop_s for one in outcome.transitions]
     return {
         "mean_s": found.mean_s,
         "p50_s": found.p50_s,
@@ -101,7 +98,7 @@ def shown(outcome: Outcome) -> Result:
         "p99_s": found.p99_s,
         "requests": found.requests,
         "unfinished_at_end": found.unfinished,
-        "longest_pause_s": max(pauses, default=0.0),
+        "longest_pause_s": longest_pause_s(outcome),
         "moved_gb": sum(one.moved_bytes for one in outcome.transitions) / 1e9,
     }
 
@@ -110,7 +107,7 @@ def _panels(inputs: Inputs, progress: Progress) -> Iterator[Result]:
     for model in MODELS:
         for trace in TRACES:
             progress(f"{model} on {trace}")
-            case = Case.published(inputs, model, trace)
+            case = inputs.panel(model, trace)
             new = (model, trace) in SCRIPTED_NEW
             outcomes = {
                 "SpotServe, old batching": spotserve(case, fill=True),
@@ -123,38 +120,26 @@ def _panels(inputs: Inputs, progress: Progress) -> Iterator[Result]:
                 "Rerouting best, new": rerouting_best(case, fill=False),
                 "SkyServe-like": skyserve(case),
                 "ours": perennial(case),
-                "ours, with on-demand": perennial_mixed(case),
+                "ours, with on-demand": perennial_fallback(case),
                 "ours, worst slowdown": perennial(case, _WORST),
                 "oracle": oracle(case),
             }
             costs = inputs.models[model].costs
-            spot_usd = case.trace.instance_minutes / 60 * SPOT_USD_H
             yield {
                 "model": model,
                 "trace": trace,
                 "scripted": "new" if new else "old",
                 "systems": {name: shown(outcome) for name, outcome in outcomes.items()},
                 "least_request_s": min(costs.least_s(shape) for shape in costs.shapes()),
-                "usd": {name: spot_usd + outcomes[name].usd / 3600 * ON_DEMAND_USD_H for name in _PRICED},
+                "usd": {name: outcomes[name].usd for name in _PRICED},
                 "counts": list(case.trace.counts),
-                "over_time": {name: _over_time(outcomes[name]) for name in ("SpotServe, new batching", "ours")},
+                "over_time": {name: over_time(outcomes[name]) for name in _DRAWN},
                 "events": [
                     {"t_s": one.time_s, "stop_s": one.stop_s, "ready_s": one.ready_s, "shape": list(one.shape),
                      "moved_gb": one.moved_bytes / 1e9}
                     for one in outcomes["ours"].transitions
                 ],
             }  # fmt: skip
-
-
-def _over_time(outcome: Outcome, bins: int = 60) -> list[list[float]]:
-    """[middle of a bin, mean latency of its arrivals]."""
-    edges = np.linspace(0.0, outcome.duration_s, bins + 1)
-    place = np.digitize(outcome.arrival_s, edges) - 1
-    return [
-        [float(edges[index : index + 2].mean()), float(outcome.latency_s[place == index].mean())]
-        for index in range(bins)
-        if (place == index).any()
-    ]
 
 
 def _bursts(inputs: Inputs, seeds: int, progress: Progress) -> Iterator[Result]:
@@ -166,7 +151,7 @@ def _bursts(inputs: Inputs, seeds: int, progress: Progress) -> Iterator[Result]:
                 progress(f"{model} on {trace}, CV {cv:g}, {seeds} seeds")
                 rows = []
                 for seed in range(seeds):
-                    times = bursty(one, cv, seed, inputs.traces[trace].duration_s)
+                    times = gamma_times(one.rate_rps, cv, seed, inputs.traces[trace].duration_s)
                     case = Case(one, inputs.traces[trace], times, book)
                     runs = (spotserve(case, fill=True), spotserve(case, fill=False), perennial(case))
                     rows.append([outcome.summary().p99_s for outcome in runs])
@@ -197,7 +182,7 @@ def _full(inputs: Inputs, progress: Progress) -> Iterator[Result]:
     for model in MODELS:
         progress(f"{model} on the whole recording")
         one = inputs.models[model]
-        times = long_arrivals(one, inputs.full.duration_s)
+        times = long_arrivals(inputs.arrival_s[model], inputs.full.duration_s)
         case = Case(one, inputs.full, times, inputs.book(model, most=inputs.full.most))
         found, took = {}, {}
         for name, system in _LONG_RUNS.items():
@@ -211,7 +196,7 @@ def _ablation(inputs: Inputs, progress: Progress) -> Iterator[Result]:
     for model in MODELS:
         for trace in TRACES:
             progress(f"ablation, {model} on {trace}")
-            case = Case.published(inputs, model, trace)
+            case = inputs.panel(model, trace)
             yield {
                 "model": model,
                 "trace": trace,
@@ -226,10 +211,10 @@ def _cost(inputs: Inputs, progress: Progress) -> Iterator[Result]:
         progress(f"cost on {trace}")
         for most in _CAPS:
             taken = capped(inputs.traces[trace], most)
-            case = replace(Case.published(inputs, model, trace), trace=taken)
-            found = perennial(case).summary()
-            dollars = taken.instance_minutes / 60 * SPOT_USD_H
-            full = ON_DEMAND * taken.duration_s / 3600 * ON_DEMAND_USD_H
+            case = replace(inputs.panel(model, trace), trace=taken)
+            outcome = perennial(case)
+            found, dollars = outcome.summary(), outcome.usd
+            full = case.on_demand_usd(ON_DEMAND * taken.duration_s)
             yield {
                 "trace": trace,
                 "most": most,
@@ -243,16 +228,16 @@ def _cost(inputs: Inputs, progress: Progress) -> Iterator[Result]:
 
 def _on_demand(inputs: Inputs) -> Result:
     """GPT-20B on 8 on-demand instances: the published engine in both modes, and ours."""
-    model = inputs.models["20B"]
+    model, arrival_s = inputs.models["20B"], inputs.arrival_s["20B"]
     config = model.fleet.choose(ON_DEMAND, model.required_rps)
     assert config is not None
     found: Result = {}
     for mode, fill in (("old", True), ("new", False)):
-        outcome = simulate_constant(model.fleet, config, model.arrival_s, 1020.0, fill=fill)
+        outcome = simulate_constant(model.fleet, config, arrival_s, 1020.0, fill=fill)
         found[f"SpotServe's engine, {mode} batching"] = shown(outcome)
-    case = Case(model, constant(ON_DEMAND, 1020.0), model.arrival_s, inputs.book("20B"))
+    case = Case(model, constant(ON_DEMAND, 1020.0), arrival_s, inputs.book("20B"))
     found["ours"] = shown(perennial(case))
-    found["price_ratio_saves"] = 1 - SPOT_USD_H / ON_DEMAND_USD_H
+    found["price_ratio_saves"] = 1 - model.kind.price_spot_usd_h / model.kind.price_on_demand_usd_h
     layouts = inputs.book("20B").layouts
     found["p99_by_instances"] = {
         str(shape.devices * count // model.costs.gpus): p99
@@ -303,7 +288,9 @@ def _robustness(inputs: Inputs, progress: Progress) -> Result:
 def _plain_ratio(inputs: Inputs, model: Model, book: Book, trace: str, cv: float, seed: int) -> float:
     """P99 of SpotServe's better mode over ours."""
     fleet = inputs.traces[trace]
-    times = model.arrival_s if cv == PUBLISHED_CV else bursty(model, cv, seed, fleet.duration_s)
+    times: Times = inputs.arrival_s[model.name]
+    if cv != PUBLISHED_CV:
+        times = gamma_times(model.rate_rps, cv, seed, fleet.duration_s)
     case = Case(model, fleet, times, book)
     theirs = min(spotserve(case, fill=fill).summary().p99_s for fill in (False, True))
     return theirs / perennial(case).summary().p99_s

@@ -1,6 +1,7 @@
-"""Known instance types, with prices and where each is from, and known model shapes.
+"""Known instance types, with prices and where each is from, known model shapes, and published profiles.
 
 `instances.json` and `models.json` beside this file are the catalog; bytes, bytes/s and US dollars per hour.
+`spotserve_profiles.json` holds SpotServe's measurements on `g4dn.12xlarge` as published (source and licence inside).
 """
 
 from __future__ import annotations
@@ -39,6 +40,22 @@ def instance_sources(name: str) -> dict[str, str]:
 def model_shape(name: str) -> ModelSpec:
     """The dimensions of a known model. Raises `InvalidInput` listing the known ones."""
     return ModelSpec.from_hf_config(_entry("models", name)["config"], name=name)
+
+
+def published_names() -> tuple[str, ...]:
+    """Models that `published_profile` knows."""
+    return tuple(_entries("spotserve_profiles")["profiles"])
+
+
+def published_profile(name: str) -> dict[str, Any]:
+    """SpotServe's profile of a model, an entry for `StaticBatchProfile.from_json`, with the rates that it was run at.
+
+    Raises `InvalidInput` listing the known ones.
+    """
+    entries: dict[str, dict[str, Any]] = _entries("spotserve_profiles")["profiles"]
+    if name not in entries:
+        raise InvalidInput(f"no profile of {name!r} was published; known are {', '.join(entries)}")
+    return entries[name]
 
 
 @cache

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,11 +18,14 @@ from data.errors import CorruptData, InvalidInput
 from perennial.commands.explanation import print_book
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from data.cluster import ClusterSpec
     from data.profile import Profile
-    from flows.plan import PlanRequest
     from profiling.campaign import Progress as Step
     from serving.settings import EngineSettings
+
+Request = TypeVar("Request", bound="BaseModel")
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -106,9 +109,10 @@ def plan(
     cron: Annotated[str, typer.Option(help="With --serve: a cron expression instead.")] = "",
 ) -> None:
     """Search a configuration for every cluster state and publish the plan book."""
-    _require("prefect", "mlflow")
+    require("prefect", "mlflow")
     from data.plan import PlanBook
     from flows.local import run_plan, serve_plan
+    from flows.plan import PlanRequest
     from perennial.settings import load_settings
 
     settings = load_settings()
@@ -120,7 +124,8 @@ def plan(
         "dtype": dtype,
         "numerics": numerics,
     }
-    request = _request(
+    request = valid(
+        PlanRequest,
         cluster=_cluster(cluster, type, instances, memory_mb).to_json(),
         profile=str(Path(profile).absolute()) if profile else "",
         measure={**measure, "max_shards": max_shards, "budget_s": budget_s} if checkpoint else None,
@@ -186,13 +191,12 @@ def _measure(
     return measured, folder
 
 
-def _request(**fields: Any) -> PlanRequest:
+def valid(kind: type[Request], **fields: Any) -> Request:
+    """A flow's request. Raises `InvalidInput` about the first field that is wrong."""
     from pydantic import ValidationError
 
-    from flows.plan import PlanRequest
-
     try:
-        return PlanRequest(**fields)
+        return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from error
@@ -213,7 +217,8 @@ def _cluster(path: Path | None, type_name: str, instances: int, memory_mb: float
     return ClusterSpec(f"{type_name}-{instances}", (kind,), (instances,))
 
 
-def _require(*modules: str) -> None:
+def require(*modules: str) -> None:
+    """Raises `InvalidInput` if one of the planning extra's modules is not installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise InvalidInput(f"planning needs {', '.join(missing)}; install perennial[plan]")

@@ -7,6 +7,7 @@ from importlib import resources
 from itertools import zip_longest
 from typing import Any
 
+from flows.pages import BRAND, style
 from perennial.recording import Recording
 from perennial.report.lanes import instance_lanes
 from perennial.report.reconfigurations import config_label, reconfigurations, recoveries
@@ -17,7 +18,8 @@ def render(recording: Recording) -> str:
     """The whole page. Self-contained, for light and dark displays."""
     page = _asset("template.html")
     for mark, text in (
-        ("/*STYLE*/", _asset("style.css")),
+        ("/*STYLE*/", style()),
+        ("<!--BRAND-->", BRAND),
         ("/*SCRIPT*/", _asset("charts.js") + _asset("report.js")),
         ("{}/*DATA*/", _embed(_payload(recording))),
     ):

@@ -18,11 +18,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function) -> Function:
     """Compile to machine code at the first call, and keep that on disk for later processes.
 
+    Compiled code runs beside other threads: it holds no lock of the interpreter.
     Arithmetic stays IEEE: nothing is reassociated, so results equal those of the interpreted function.
     """
     if numba is None:
         return function
-    return cast(Function, numba.njit(cache=True, error_model="numpy")(function))
+    return cast(Function, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
 def inlined(function: Function) -> Function:

@@ -9,6 +9,7 @@ import pytest
 from data.availability import (
     AvailabilityTrace,
     Change,
+    read_availability,
     read_parcae,
     read_skypilot,
     read_spotserve,
@@ -180,3 +181,20 @@ def test_traces_that_cannot_be() -> None:
 def test_an_empty_trace_has_no_instances() -> None:
     trace = AvailabilityTrace("t", (), 60)
     assert (trace.counts, trace.instance_minutes, trace.least, trace.most) == (((0.0, 0),), 0, 0, 0)
+
+
+def test_formats_are_told_apart_by_the_first_line(tmp_path: Path) -> None:
+    files = {
+        "segment.txt": '[0, "add", {"nodes": ["a", "b"]}]\n[5000, "remove", {"nodes": ["a"]}]\n[9000, "DONE", {}]\n',
+        "recorded.csv": "0,add,a\n0,add,b\n5000,remove,a\n",
+        "counts.csv": "t_ms,instances\n0,2\n5000,1\n",
+        "cases.json": '{"traces": {"cases": {"events": [{"t_s": 0, "op": "add", "nodes": [1, 2]}, '
+        '{"t_s": 5, "op": "remove", "nodes": [1]}]}}}',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        (trace,) = read_availability(tmp_path / name).values()
+        assert trace.counts == ((0.0, 2), (5.0, 1)), name
+    (tmp_path / "points.csv").write_text("kind,nodes,run,zone,instance,t_seconds,value\nk,1,1,z,i,0,1\nk,1,1,y,i,0,1\n")
+    with pytest.raises(InvalidInput, match="select one"):
+        read_availability(tmp_path / "points.csv")

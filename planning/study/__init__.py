@@ -1,0 +1,1 @@
+"""Studies of serving on instances that come and go: traces × systems × seeds → outcomes."""
