@@ -1,0 +1,304 @@
+"""The controller of a simulated fleet: membership, one change of the layout at a time, recovery.
+
+Targets come from the plan book and transitions from `planning.transition`, as in the real controller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Literal
+
+from data.cluster import ClusterState
+from data.errors import Infeasible
+from data.layout import Device, ParallelConfig
+from data.plan import PlanBook
+from planning.preference import spare_ranks
+from planning.resharding import Box
+from planning.simulation.batching import Job
+from planning.simulation.fleet_profile import FleetProfile
+from planning.simulation.lines import Line
+from planning.simulation.machine import Agenda, Machine, Queue
+from planning.simulation.seating import join, seat
+from planning.transition import LiveReplica, Transition, plan_transition, position_boxes, retained
+
+_ELEMENT_BYTES = 4
+
+HappeningKind = Literal["notice", "kill", "add"]
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """At `time_s` an instance is told to leave in `grace_s`, is killed without a word, or is started."""
+
+    time_s: float
+    kind: HappeningKind
+    instance: str
+    grace_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutChange:
+    """From `started_s` on a change was prepared, at `paused_s` old replicas stopped, at `done_s` it was in force."""
+
+    started_s: float
+    paused_s: float
+    done_s: float
+    config: ParallelConfig
+    recovery: bool
+    moved: int
+    replayed: int
+
+
+@dataclass(slots=True, eq=False)
+class _Change:
+    target: ParallelConfig
+    transition: Transition
+    retired: list[Line]
+    kept: list[Line]
+    recovery: bool
+    started_s: float
+    slowdown: float
+    paused_s: float | None = None
+    switching: bool = False
+
+    def needs(self, instance: str) -> bool:
+        """Whether the end of an instance ends the attempt."""
+        lines = [*self.retired, *([] if self.transition.new else self.kept)]
+        return self.builds_on(instance) or any(one.instance == instance for line in lines for one in line.devices)
+
+    def builds_on(self, instance: str) -> bool:
+        """Whether a new replica is to be on an instance."""
+        return any(device.instance == instance for new in self.transition.new for device in new.devices)
+
+
+@dataclass(slots=True, eq=False)
+class Controller:
+    """`instances` that are here, the ones told to leave among them in `leaving`; all are of the book's first type."""
+
+    book: PlanBook
+    profile: FleetProfile
+    agenda: Agenda
+    machine: Machine
+    queue: Queue
+    instances: list[str]
+    leaving: set[str] = field(default_factory=set)
+    changes: list[LayoutChange] = field(default_factory=list)
+    _config: ParallelConfig | None = None
+    _resident: dict[Device, tuple[Box, ...]] = field(default_factory=dict)
+    _stranded: list[Job] = field(default_factory=list)
+    _broken: bool = False
+    _change: _Change | None = None
+    _looking: bool = False
+    _again: bool = False
+    _numbers: count[int] = field(default_factory=lambda: count(1))
+
+    def begin_with(self, layout: Sequence[Sequence[Device]]) -> None:
+        """Serve from now on, on replicas of these devices, or as the book says."""
+        target = self.book.plan_for(self._state()).config
+        transition = self._plan(target) if target else None
+        if target is None or transition is None:
+            return
+        for devices in layout or [new.devices for new in transition.new]:
+            self._start(transition.config, tuple(devices))
+            boxes = [position_boxes(self.book.model, target, rank) for rank in range(len(devices))]
+            self._resident |= dict(zip(devices, boxes, strict=True))
+        self._config = target
+        self._clear_up()
+
+    # -- what happens -----------------------------------------------------------------------------------
+
+    def happen(self, one: Happening) -> None:
+        """An instance is told to leave, is killed, or is started."""
+        if one.kind == "add":
+            self._launch(one.instance)
+        elif one.kind == "kill":
+            self._kill(one.instance)
+        elif one.instance in self.instances:
+            self.leaving.add(one.instance)
+            self.agenda.after(one.grace_s, lambda: self._kill(one.instance))
+            if self._change is not None and self._change.paused_s is None and self._change.builds_on(one.instance):
+                self._fail()
+            self._look()
+
+    def _launch(self, instance: str) -> None:
+        charges = self.profile.charges
+        self.machine.slowdowns.append(charges.start_slowdown)
+
+        def joined() -> None:
+            self.machine.slowdowns.remove(charges.start_slowdown)
+            self.instances.append(instance)
+            self._look()
+
+        self.agenda.after(charges.start_s, joined)
+
+    def _kill(self, instance: str) -> None:
+        """Nothing, if it was dismissed already."""
+        if instance in self.instances:
+            for line in self._lines_on(instance):
+                line.halted = True
+            self.agenda.after(self.profile.charges.detect_s, lambda: self._lost(instance))
+
+    def _lost(self, instance: str) -> None:
+        self._forget(instance)
+        if self._change is not None and self._change.needs(instance):
+            self._fail()
+        for line in self._lines_on(instance):
+            self._strand(line)
+            self._broken = True
+        self._look()
+
+    def _forget(self, instance: str) -> None:
+        self.instances.remove(instance)
+        self.leaving.discard(instance)
+        self._resident = {device: boxes for device, boxes in self._resident.items() if device.instance != instance}
+
+    def _lines_on(self, instance: str) -> list[Line]:
+        lines = self.machine.lines.values()
+        return [line for line in lines if any(device.instance == instance for device in line.devices)]
+
+    def _strand(self, line: Line) -> None:
+        del self.machine.lines[line.number]
+        self._stranded += line.break_up()
+
+    # -- changes ----------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Look at the fleet soon; while a change is under way, after it."""
+        if self._change is not None:
+            self._again = True
+        elif not self._looking:
+            self._looking = True
+            self.agenda.after(self.profile.charges.settle_s, self._decide)
+
+    def _decide(self) -> None:
+        self._looking = False
+        target = self.book.plan_for(self._state()).config
+        transition = self._plan(target) if target else None
+        if target is None or transition is None:
+            self._replay(self._stranded)
+        elif not transition.empty or self._stranded:
+            self._begin(target, transition)
+            return
+        else:
+            self._config = target
+        self._clear_up()
+
+    def _begin(self, target: ParallelConfig, transition: Transition) -> None:
+        self._replay([job for job in self._stranded if not job.cached])
+        charges, lines = self.profile.charges, self.machine.lines
+        times = charges.recovery if self._broken else charges.planned
+        retired, kept = ([lines[one] for one in numbers] for numbers in (transition.retire, transition.keep))
+        idle = not transition.new and not self._stranded and not any(line.batcher.jobs for line in retired)
+        change = _Change(target, transition, retired, kept, self._broken, self.agenda.now_s, times.slowdown)
+        self._change = change
+        self.machine.slowdowns.append(times.slowdown)
+        self.agenda.after(0.0 if idle else times.prepare_s, lambda: self._pause(change))
+
+    def _pause(self, change: _Change) -> None:
+        if change is self._change:
+            change.paused_s = self.agenda.now_s
+            for line in change.retired:
+                line.serving = False
+
+    def watch(self) -> None:
+        """Switch as soon as the replicas that were paused have finished their steps."""
+        change = self._change
+        if change is None or change.paused_s is None or change.switching:
+            return
+        if all(line.drained for line in change.retired):
+            change.switching = True
+            times = self.profile.charges.recovery if change.recovery else self.profile.charges.planned
+            self.agenda.after(times.transfer_s, lambda: self._switch(change))
+
+    def _switch(self, change: _Change) -> None:
+        if change is not self._change or change.paused_s is None:
+            return
+        origin = {job: line.number for line in change.retired for job in line.batcher.jobs}
+        new = [self._start(change.transition.config, one.devices) for one in change.transition.new]
+        for line in change.retired:
+            del self.machine.lines[line.number]
+            line.break_up()
+        moving = [job for job in [*origin, *self._stranded] if job.cached]
+        inherits = [one.inherits for one in change.transition.new]
+        left = seat(moving, new, inherits, origin) if new else join(moving, change.kept)
+        replayed = [*left, *(job for job in origin if not job.cached)]
+        self._stranded = [job for job in self._stranded if not job.cached]
+        self._replay([*replayed, *self._stranded])
+        for device, boxes in change.transition.needed.items():
+            self._resident[device] = retained(self._resident.get(device, ()), boxes)
+        self._config, self._broken = change.target, False
+        times = change.started_s, change.paused_s, self.agenda.now_s
+        moved = len(moving) - len(left)
+        self.changes.append(LayoutChange(*times, change.target, change.recovery, moved, len(replayed)))
+        self._end(change)
+        self._clear_up()
+
+    def _end(self, change: _Change) -> None:
+        self.machine.slowdowns.remove(change.slowdown)
+        self._change = None
+        if self._again:
+            self._again = False
+            self._look()
+
+    def _fail(self) -> None:
+        """The attempt is void; replicas that were paused for it are broken, with all that they have cached."""
+        change = self._change
+        assert change is not None
+        if change.paused_s is not None:
+            for line in change.retired:
+                if line.number in self.machine.lines:
+                    self._strand(line)
+        self.machine.slowdowns.remove(change.slowdown)
+        self._change, self._again = None, False
+        self.agenda.after(self.profile.charges.retry_s, self._look)
+
+    def _replay(self, jobs: Iterable[Job]) -> None:
+        """Back into the queue, to be computed again."""
+        again = list(jobs)
+        self._stranded = [job for job in self._stranded if job not in again]
+        self.queue.give_back(again)
+
+    def _start(self, config: ParallelConfig, devices: tuple[Device, ...]) -> Line:
+        line = Line(next(self._numbers), config, devices, self.profile.law(config), self.profile.limits(config))
+        self.machine.lines[line.number] = line
+        return line
+
+    # -- the fleet --------------------------------------------------------------------------------------
+
+    def _state(self) -> ClusterState:
+        staying = [name for name in self.instances if name not in self.leaving]
+        return ClusterState.of({self.book.cluster.types[0].name: len(staying)} if staying else {})
+
+    def _usable(self) -> list[Device]:
+        devices = range(self.book.cluster.types[0].devices)
+        return [Device(name, index) for name in sorted(self.instances) if name not in self.leaving for index in devices]
+
+    def _plan(self, target: ParallelConfig) -> Transition | None:
+        lines = self.machine.lines.values()
+        live = [LiveReplica(one.number, one.config, one.devices, one.cached_tokens) for one in lines]
+        try:
+            return plan_transition(
+                self.book.model,
+                target,
+                live=live,
+                usable=self._usable(),
+                resident=self._resident,
+                element_bytes=_ELEMENT_BYTES,
+            )
+        except Infeasible:
+            return None
+
+    def _clear_up(self) -> None:
+        """Dismiss who is leaving and holds nothing; spare devices fetch the weights of a position each."""
+        busy = {device for line in self.machine.lines.values() for device in line.devices}
+        for name in [one for one in self.leaving if one not in {device.instance for device in busy}]:
+            self._forget(name)
+        if self._config is None:
+            return
+        spares = [device for device in self._usable() if device not in busy]
+        ranks = spare_ranks(len(spares), self._config.replica_devices, ())
+        for device, rank in zip(spares, ranks, strict=True):
+            if not self._resident.get(device):
+                self._resident[device] = position_boxes(self.book.model, self._config, rank)
