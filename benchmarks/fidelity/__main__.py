@@ -74,7 +74,7 @@ def _measure_all(options: argparse.Namespace, folder: Path, begun: float) -> dic
     charges = everything.charges()
     found = [compared(*run[:3], profile(run[3], charges, spec)) for run in runs]
     bars = {"mean": MEAN_BAR, "p99": P99_BAR}
-    return {"bars": bars, "charges": asdict(charges), "samples": everything.samples(), "runs": found}
+    return {"bars": bars, "charges": asdict(charges), "samples": everything.changes, "runs": found}
 
 
 def _chosen(options: argparse.Namespace) -> list[tuple[Script, int]]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from benchmarks.fidelity.clients import Clients, Stream, steady_s, tokens_per_s
 from benchmarks.fidelity.scripts import INSTANCES, MAX_BATCH, Script
 from perennial.fleet import Fleet
-from planning.simulation.fleet_profile import ChangeTimes, Charges, Degrees
+from planning.simulation.fleet_profile import Charges, Degrees, fit_duration
 from planning.step_laws import Observed, StepLaw, decode, fit_law, prompt_steps
 from serving.requests import Event
 
@@ -34,56 +34,32 @@ class Measured:
     """Observations of steps by degrees, and of changes by kind."""
 
     steps: dict[Degrees, list[Observed]] = field(default_factory=dict)
-    prepare_s: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})  # by recovery
-    slowdown: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
-    transfer_s: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
-    settle_s: list[float] = field(default_factory=list)
-    detect_s: list[float] = field(default_factory=list)
-    start_s: list[float] = field(default_factory=list)
-    start_slowdown: list[float] = field(default_factory=list)
+    changes: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # devices of new replicas, value
+
+    def note(self, what: str, value: float, devices: int = 0) -> None:
+        """Something that a change took."""
+        self.changes.setdefault(what, []).append((devices, value))
+
+    def add_changes(self, other: Measured) -> None:
+        """Take in what another fleet's changes took: too few happen to one fleet."""
+        for what, values in other.changes.items():
+            self.changes.setdefault(what, []).extend(values)
 
     def laws(self) -> dict[Degrees, StepLaw]:
         """The laws that explain the steps."""
         return {degrees: fit_law(observed, degrees[0]) for degrees, observed in self.steps.items()}
 
-    def add_changes(self, other: Measured) -> None:
-        """Take in what another fleet's changes took: too few happen to one fleet for a median."""
-        for kind in (False, True):
-            self.prepare_s[kind] += other.prepare_s[kind]
-            self.slowdown[kind] += other.slowdown[kind]
-            self.transfer_s[kind] += other.transfer_s[kind]
-        self.settle_s += other.settle_s
-        self.detect_s += other.detect_s
-        self.start_s += other.start_s
-        self.start_slowdown += other.start_slowdown
-
-    def samples(self) -> dict[str, list[float]]:
-        """What the charges are medians of."""
-        by_kind = {"prepare_s": self.prepare_s, "slowdown": self.slowdown, "transfer_s": self.transfer_s}
-        found = {
-            f"{'recovery' if kind else 'planned'} {name}": values[kind]
-            for name, values in by_kind.items()
-            for kind in (False, True)
-        }
-        found |= {"settle_s": self.settle_s, "detect_s": self.detect_s, "start_s": self.start_s}
-        found |= {"start_slowdown": self.start_slowdown}
-        return {name: [round(value, 4) for value in values] for name, values in found.items()}
-
     def charges(self) -> Charges:
-        """Medians of what was seen."""
-        planned, recovery = (
-            ChangeTimes(
-                median(self.prepare_s[kind]), max(1.0, median(self.slowdown[kind])), median(self.transfer_s[kind])
-            )
-            for kind in (False, True)
-        )
+        """Medians, and by the number of devices where it matters."""
+        middle = {what: median(value for _, value in values) for what, values in self.changes.items()}
         return Charges(
-            planned=planned,
-            recovery=recovery,
-            start_s=median(self.start_s),
-            start_slowdown=max(1.0, median(self.start_slowdown)),
-            detect_s=median(self.detect_s),
-            settle_s=median(self.settle_s),
+            prepare=fit_duration(self.changes["prepare_s"]),
+            transfer=fit_duration(self.changes["transfer_s"]),
+            slowdown=max(1.0, middle["slowdown"]),
+            start_s=middle["start_s"],
+            start_slowdown=max(1.0, middle["start_slowdown"]),
+            detect_s=middle["detect_s"],
+            settle_s=middle["settle_s"],
         )
 
 
@@ -150,7 +126,7 @@ class Survey:
             cause = "notice" if notice else "replica_failed"
             event = await self._fleet.wait_event(lambda one: one.kind == cause, since=first, timeout_s=_EVENT_S)
             if not notice:
-                self._found.detect_s.append(self._clock(event) - at_s)
+                self._found.note("detect_s", self._clock(event) - at_s)
             await self._change(first, event, streams)
 
     async def _add(self) -> None:
@@ -158,8 +134,8 @@ class Survey:
             first, at_s = len(self._fleet.events), time.monotonic()
             await self._fleet.add()
             joined = next(one for one in self._fleet.events[first:] if one.kind == "instance_joined")
-            self._found.start_s.append(self._clock(joined) - at_s)
-            self._found.start_slowdown.append(_slowdown(streams, at_s, self._clock(joined)))
+            self._found.note("start_s", self._clock(joined) - at_s)
+            self._found.note("start_slowdown", _slowdown(streams, at_s, self._clock(joined)))
             await self._change(first, joined, streams)
 
     async def _change(self, first: int, cause: Event, streams: list[Stream]) -> None:
@@ -169,12 +145,13 @@ class Survey:
         if "layout" not in moments or "reconfiguration_failed" in moments:
             return
         started, paused = (self._clock(moments[f"reconfiguration_{kind}"]) for kind in ("started", "paused"))
-        layout = moments["layout"].data
-        kind = layout["mode"] == "recovery"
-        self._found.settle_s.append(started - self._clock(cause))
-        self._found.prepare_s[kind].append(paused - started)
-        self._found.transfer_s[kind].append(float(layout["seconds"]["transfer"]))
-        self._found.slowdown[kind].append(_slowdown(_undisturbed(streams, started), started, paused))
+        layout, found = moments["layout"].data, self._found
+        devices = _built(self._fleet.events[:first], moments["layout"])
+        found.note("settle_s", started - self._clock(cause))
+        found.note("prepare_s", paused - started, devices)
+        found.note("transfer_s", float(layout["seconds"]["transfer"]), devices)
+        if devices:
+            found.note("slowdown", _slowdown(_undisturbed(streams, started), started, paused), devices)
 
     @contextlib.asynccontextmanager
     async def _load(self) -> AsyncIterator[list[Stream]]:
@@ -198,6 +175,20 @@ class Survey:
 
     def _clock(self, event: Event) -> float:
         return event.time_s - self._offset_s
+
+
+def _built(before: Sequence[Event], layout: Event) -> int:
+    """Devices of the replicas that a layout has and the one before it had not."""
+    last = next((one for one in reversed(before) if one.kind == "layout"), None)
+    kept = _replicas(last) if last else set()
+    return sum(len(devices) for devices in _replicas(layout) - kept)
+
+
+def _replicas(layout: Event) -> set[tuple[str, ...]]:
+    """Devices of every replica, in the order of their ranks."""
+    positions = layout.data["positions"]
+    numbers = {one["replica"] for one in positions}
+    return {tuple(one["device"] for one in positions if one["replica"] == number) for number in numbers}
 
 
 def _undisturbed(streams: list[Stream], since_s: float) -> list[Stream]:

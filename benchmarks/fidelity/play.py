@@ -61,7 +61,7 @@ async def play(script: Script, seed: int, checkpoint: str, home: Path, start: St
         played = await _run(script, seed, book, service, clients)
         watching.cancel()
     spans = (begun_s, surveyed_s), (surveyed_s, time.monotonic())
-    played.foreign_cores += [round(foreign.mean(*span), 3) for span in spans]
+    played.foreign_cores.extend(round(foreign.mean(*span), 3) for span in spans)
     return played, found
 
 

@@ -21,6 +21,7 @@ from planning.simulation.batching import Job
 from planning.simulation.fleet_control import Controller, Happening, LayoutChange
 from planning.simulation.fleet_profile import FleetProfile
 from planning.simulation.machine import Agenda, Machine, Queue
+from planning.simulation.members import Members
 from planning.simulation.serving import Array
 
 
@@ -56,7 +57,7 @@ def simulate_fleet(
     """
     jobs = [Job(key, one.input_tokens, one.output_tokens) for key, one in enumerate(workload.requests)]
     agenda, machine, queue = Agenda(), Machine(), Queue()
-    controller = Controller(book, profile, agenda, machine, queue, list(instances))
+    controller = Controller(Members(book, list(instances)), profile, agenda, machine, queue)
     controller.begin_with(layout)
     for job, request in zip(jobs, workload.requests, strict=True):
         agenda.after(request.arrival_s + profile.overhead_s, lambda job=job: queue.jobs.append(job))  # type: ignore[misc]

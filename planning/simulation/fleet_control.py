@@ -10,20 +10,14 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
-from data.cluster import ClusterState
-from data.errors import Infeasible
 from data.layout import Device, ParallelConfig
-from data.plan import PlanBook
-from planning.preference import spare_ranks
-from planning.resharding import Box
 from planning.simulation.batching import Job
 from planning.simulation.fleet_profile import FleetProfile
 from planning.simulation.lines import Line
 from planning.simulation.machine import Agenda, Machine, Queue
+from planning.simulation.members import Members
 from planning.simulation.seating import join, seat
-from planning.transition import LiveReplica, Transition, plan_transition, position_boxes, retained
-
-_ELEMENT_BYTES = 4
+from planning.transition import Transition, position_boxes
 
 HappeningKind = Literal["notice", "kill", "add"]
 
@@ -59,9 +53,13 @@ class _Change:
     kept: list[Line]
     recovery: bool
     started_s: float
-    slowdown: float
     paused_s: float | None = None
     switching: bool = False
+
+    @property
+    def devices(self) -> int:
+        """Devices of new replicas."""
+        return sum(len(new.devices) for new in self.transition.new)
 
     def needs(self, instance: str) -> bool:
         """Whether the end of an instance ends the attempt."""
@@ -75,18 +73,15 @@ class _Change:
 
 @dataclass(slots=True, eq=False)
 class Controller:
-    """`instances` that are here, the ones told to leave among them in `leaving`; all are of the book's first type."""
+    """Turns the replicas on `machine` into what the book says; `changes` are those that were carried out."""
 
-    book: PlanBook
+    members: Members
     profile: FleetProfile
     agenda: Agenda
     machine: Machine
     queue: Queue
-    instances: list[str]
-    leaving: set[str] = field(default_factory=set)
     changes: list[LayoutChange] = field(default_factory=list)
     _config: ParallelConfig | None = None
-    _resident: dict[Device, tuple[Box, ...]] = field(default_factory=dict)
     _stranded: list[Job] = field(default_factory=list)
     _broken: bool = False
     _change: _Change | None = None
@@ -96,16 +91,16 @@ class Controller:
 
     def begin_with(self, layout: Sequence[Sequence[Device]]) -> None:
         """Serve from now on, on replicas of these devices, or as the book says."""
-        target = self.book.plan_for(self._state()).config
-        transition = self._plan(target) if target else None
+        target = self.members.target()
+        transition = self.members.plan(target, self.machine.lines) if target else None
         if target is None or transition is None:
             return
         for devices in layout or [new.devices for new in transition.new]:
             self._start(transition.config, tuple(devices))
-            boxes = [position_boxes(self.book.model, target, rank) for rank in range(len(devices))]
-            self._resident |= dict(zip(devices, boxes, strict=True))
+            boxes = (position_boxes(self.members.book.model, target, rank) for rank in range(len(devices)))
+            self.members.hold(dict(zip(devices, boxes, strict=True)))
         self._config = target
-        self._clear_up()
+        self.members.clear_up(self._config, self.machine.lines)
 
     # -- what happens -----------------------------------------------------------------------------------
 
@@ -115,8 +110,8 @@ class Controller:
             self._launch(one.instance)
         elif one.kind == "kill":
             self._kill(one.instance)
-        elif one.instance in self.instances:
-            self.leaving.add(one.instance)
+        elif one.instance in self.members.instances:
+            self.members.leaving.add(one.instance)
             self.agenda.after(one.grace_s, lambda: self._kill(one.instance))
             if self._change is not None and self._change.paused_s is None and self._change.builds_on(one.instance):
                 self._fail()
@@ -128,31 +123,28 @@ class Controller:
 
         def joined() -> None:
             self.machine.slowdowns.remove(charges.start_slowdown)
-            self.instances.append(instance)
+            self.members.instances.append(instance)
             self._look()
 
         self.agenda.after(charges.start_s, joined)
 
     def _kill(self, instance: str) -> None:
         """Nothing, if it was dismissed already."""
-        if instance in self.instances:
+        if instance in self.members.instances:
             for line in self._lines_on(instance):
                 line.halted = True
             self.agenda.after(self.profile.charges.detect_s, lambda: self._lost(instance))
 
     def _lost(self, instance: str) -> None:
-        self._forget(instance)
-        if self._change is not None and self._change.needs(instance):
-            self._fail()
+        if instance not in self.members.instances:
+            return
+        self.members.forget(instance)
         for line in self._lines_on(instance):
             self._strand(line)
             self._broken = True
+        if self._change is not None and self._change.needs(instance):
+            self._fail()
         self._look()
-
-    def _forget(self, instance: str) -> None:
-        self.instances.remove(instance)
-        self.leaving.discard(instance)
-        self._resident = {device: boxes for device, boxes in self._resident.items() if device.instance != instance}
 
     def _lines_on(self, instance: str) -> list[Line]:
         lines = self.machine.lines.values()
@@ -174,8 +166,8 @@ class Controller:
 
     def _decide(self) -> None:
         self._looking = False
-        target = self.book.plan_for(self._state()).config
-        transition = self._plan(target) if target else None
+        target = self.members.target()
+        transition = self.members.plan(target, self.machine.lines) if target else None
         if target is None or transition is None:
             self._replay(self._stranded)
         elif not transition.empty or self._stranded:
@@ -183,18 +175,17 @@ class Controller:
             return
         else:
             self._config = target
-        self._clear_up()
+        self.members.clear_up(self._config, self.machine.lines)
 
     def _begin(self, target: ParallelConfig, transition: Transition) -> None:
         self._replay([job for job in self._stranded if not job.cached])
         charges, lines = self.profile.charges, self.machine.lines
-        times = charges.recovery if self._broken else charges.planned
         retired, kept = ([lines[one] for one in numbers] for numbers in (transition.retire, transition.keep))
         idle = not transition.new and not self._stranded and not any(line.batcher.jobs for line in retired)
-        change = _Change(target, transition, retired, kept, self._broken, self.agenda.now_s, times.slowdown)
+        change = _Change(target, transition, retired, kept, self._broken, self.agenda.now_s)
         self._change = change
-        self.machine.slowdowns.append(times.slowdown)
-        self.agenda.after(0.0 if idle else times.prepare_s, lambda: self._pause(change))
+        self.machine.slowdowns.append(charges.slowdown)
+        self.agenda.after(0.0 if idle else charges.prepare.of(change.devices), lambda: self._pause(change))
 
     def _pause(self, change: _Change) -> None:
         if change is self._change:
@@ -209,8 +200,7 @@ class Controller:
             return
         if all(line.drained for line in change.retired):
             change.switching = True
-            times = self.profile.charges.recovery if change.recovery else self.profile.charges.planned
-            self.agenda.after(times.transfer_s, lambda: self._switch(change))
+            self.agenda.after(self.profile.charges.transfer.of(change.devices), lambda: self._switch(change))
 
     def _switch(self, change: _Change) -> None:
         if change is not self._change or change.paused_s is None:
@@ -226,17 +216,16 @@ class Controller:
         replayed = [*left, *(job for job in origin if not job.cached)]
         self._stranded = [job for job in self._stranded if not job.cached]
         self._replay([*replayed, *self._stranded])
-        for device, boxes in change.transition.needed.items():
-            self._resident[device] = retained(self._resident.get(device, ()), boxes)
+        self.members.hold(change.transition.needed)
         self._config, self._broken = change.target, False
         times = change.started_s, change.paused_s, self.agenda.now_s
         moved = len(moving) - len(left)
         self.changes.append(LayoutChange(*times, change.target, change.recovery, moved, len(replayed)))
         self._end(change)
-        self._clear_up()
+        self.members.clear_up(self._config, self.machine.lines)
 
     def _end(self, change: _Change) -> None:
-        self.machine.slowdowns.remove(change.slowdown)
+        self.machine.slowdowns.remove(self.profile.charges.slowdown)
         self._change = None
         if self._again:
             self._again = False
@@ -250,9 +239,9 @@ class Controller:
             for line in change.retired:
                 if line.number in self.machine.lines:
                     self._strand(line)
-        self.machine.slowdowns.remove(change.slowdown)
-        self._change, self._again = None, False
-        self.agenda.after(self.profile.charges.retry_s, self._look)
+        self.machine.slowdowns.remove(self.profile.charges.slowdown)
+        self._change, self._again, self._looking = None, False, True
+        self.agenda.after(self.profile.charges.retry_s + self.profile.charges.settle_s, self._decide)
 
     def _replay(self, jobs: Iterable[Job]) -> None:
         """Back into the queue, to be computed again."""
@@ -264,41 +253,3 @@ class Controller:
         line = Line(next(self._numbers), config, devices, self.profile.law(config), self.profile.limits(config))
         self.machine.lines[line.number] = line
         return line
-
-    # -- the fleet --------------------------------------------------------------------------------------
-
-    def _state(self) -> ClusterState:
-        staying = [name for name in self.instances if name not in self.leaving]
-        return ClusterState.of({self.book.cluster.types[0].name: len(staying)} if staying else {})
-
-    def _usable(self) -> list[Device]:
-        devices = range(self.book.cluster.types[0].devices)
-        return [Device(name, index) for name in sorted(self.instances) if name not in self.leaving for index in devices]
-
-    def _plan(self, target: ParallelConfig) -> Transition | None:
-        lines = self.machine.lines.values()
-        live = [LiveReplica(one.number, one.config, one.devices, one.cached_tokens) for one in lines]
-        try:
-            return plan_transition(
-                self.book.model,
-                target,
-                live=live,
-                usable=self._usable(),
-                resident=self._resident,
-                element_bytes=_ELEMENT_BYTES,
-            )
-        except Infeasible:
-            return None
-
-    def _clear_up(self) -> None:
-        """Dismiss who is leaving and holds nothing; spare devices fetch the weights of a position each."""
-        busy = {device for line in self.machine.lines.values() for device in line.devices}
-        for name in [one for one in self.leaving if one not in {device.instance for device in busy}]:
-            self._forget(name)
-        if self._config is None:
-            return
-        spares = [device for device in self._usable() if device not in busy]
-        ranks = spare_ranks(len(spares), self._config.replica_devices, ())
-        for device, rank in zip(spares, ranks, strict=True):
-            if not self._resident.get(device):
-                self._resident[device] = position_boxes(self.book.model, self._config, rank)

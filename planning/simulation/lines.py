@@ -58,7 +58,7 @@ class Line:
         return not self._steps
 
     @property
-    def cached_tokens(self) -> int:
+    def known_tokens(self) -> int:
         """Known tokens of everything that is here."""
         return sum(job.known for job in self.batcher.jobs)
 
