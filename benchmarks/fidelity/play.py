@@ -17,7 +17,7 @@ from data.workload import Request, Workload
 from perennial.fleet import Fleet
 from perennial.processes import Start
 from perennial.testing import fleet, given_plans
-from planning.simulation.fleet_control import Happening
+from planning.simulation.story import Happening
 from serving.engine.weights import read_spec
 from serving.requests import Event
 from serving.settings import EngineSettings

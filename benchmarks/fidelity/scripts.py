@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data.synthesis import Uniform, synthetic_workload
 from data.workload import Workload
-from planning.simulation.fleet_control import HappeningKind
+from planning.simulation.story import HappeningKind
 
 INSTANCES = 4
 MAX_BATCH = 8

@@ -18,11 +18,12 @@ from data.layout import Device
 from data.plan import PlanBook
 from data.workload import Workload
 from planning.simulation.batching import Job
-from planning.simulation.fleet_control import Controller, Happening, LayoutChange
+from planning.simulation.fleet_control import Controller
 from planning.simulation.fleet_profile import FleetProfile
 from planning.simulation.machine import Agenda, Machine, Queue
 from planning.simulation.members import Members
 from planning.simulation.serving import Array
+from planning.simulation.story import Happening, LayoutChange
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
 
 from data.layout import Device, ParallelConfig
 from planning.simulation.batching import Job
@@ -17,32 +16,8 @@ from planning.simulation.lines import Line
 from planning.simulation.machine import Agenda, Machine, Queue
 from planning.simulation.members import Members
 from planning.simulation.seating import join, seat
+from planning.simulation.story import Happening, LayoutChange
 from planning.transition import Transition, position_boxes
-
-HappeningKind = Literal["notice", "kill", "add"]
-
-
-@dataclass(frozen=True, slots=True)
-class Happening:
-    """At `time_s` an instance is told to leave in `grace_s`, is killed without a word, or is started."""
-
-    time_s: float
-    kind: HappeningKind
-    instance: str
-    grace_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class LayoutChange:
-    """From `started_s` on a change was prepared, at `paused_s` old replicas stopped, at `done_s` it was in force."""
-
-    started_s: float
-    paused_s: float
-    done_s: float
-    config: ParallelConfig
-    recovery: bool
-    moved: int
-    replayed: int
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +26,7 @@ class _Change:
     transition: Transition
     retired: list[Line]
     kept: list[Line]
+    stranded: list[Job]
     recovery: bool
     started_s: float
     paused_s: float | None = None
@@ -182,8 +158,8 @@ class Controller:
         charges, lines = self.profile.charges, self.machine.lines
         retired, kept = ([lines[one] for one in numbers] for numbers in (transition.retire, transition.keep))
         idle = not transition.new and not self._stranded and not any(line.batcher.jobs for line in retired)
-        change = _Change(target, transition, retired, kept, self._broken, self.agenda.now_s)
-        self._change = change
+        now_s, stranded = self.agenda.now_s, list(self._stranded)
+        change = self._change = _Change(target, transition, retired, kept, stranded, self._broken, now_s)
         self.machine.slowdowns.append(charges.slowdown)
         self.agenda.after(0.0 if idle else charges.prepare.of(change.devices), lambda: self._pause(change))
 
@@ -205,24 +181,29 @@ class Controller:
     def _switch(self, change: _Change) -> None:
         if change is not self._change or change.paused_s is None:
             return
+        moved, replayed = self._rehome(change)
+        self.members.hold(change.transition.needed)
+        self._config, self._broken = change.target, False
+        times = change.started_s, change.paused_s, self.agenda.now_s
+        self.changes.append(LayoutChange(*times, change.target, change.recovery, moved, replayed))
+        self._end(change)
+        self.members.clear_up(self._config, self.machine.lines)
+
+    def _rehome(self, change: _Change) -> tuple[int, int]:
+        """Old replicas make place for new ones; how many requests went on there, and how many are computed again."""
         origin = {job: line.number for line in change.retired for job in line.batcher.jobs}
         new = [self._start(change.transition.config, one.devices) for one in change.transition.new]
         for line in change.retired:
             del self.machine.lines[line.number]
             line.break_up()
-        moving = [job for job in [*origin, *self._stranded] if job.cached]
+        known = [*origin, *change.stranded]
+        moving = [job for job in known if job.cached]
         inherits = [one.inherits for one in change.transition.new]
         left = seat(moving, new, inherits, origin) if new else join(moving, change.kept)
-        replayed = [*left, *(job for job in origin if not job.cached)]
-        self._stranded = [job for job in self._stranded if not job.cached]
-        self._replay([*replayed, *self._stranded])
-        self.members.hold(change.transition.needed)
-        self._config, self._broken = change.target, False
-        times = change.started_s, change.paused_s, self.agenda.now_s
-        moved = len(moving) - len(left)
-        self.changes.append(LayoutChange(*times, change.target, change.recovery, moved, len(replayed)))
-        self._end(change)
-        self.members.clear_up(self._config, self.machine.lines)
+        replayed = [*left, *(job for job in known if not job.cached)]
+        self._stranded = [job for job in self._stranded if job not in change.stranded]
+        self.queue.give_back(replayed)
+        return len(known) - len(replayed), len(replayed)
 
     def _end(self, change: _Change) -> None:
         self.machine.slowdowns.remove(self.profile.charges.slowdown)

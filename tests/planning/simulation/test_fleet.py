@@ -16,8 +16,8 @@ from data.plan import Estimate, Objective, Plan, PlanBook
 from data.synthesis import Uniform, synthetic_workload
 from data.workload import Request, Workload
 from planning.simulation.fleet import Served, simulate_fleet
-from planning.simulation.fleet_control import Happening
 from planning.simulation.fleet_profile import Charges, Duration, FleetProfile, fit_duration
+from planning.simulation.story import Happening
 from planning.step_laws import StepLaw
 from tests.planning.fleets import SPEC
 
