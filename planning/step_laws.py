@@ -35,7 +35,7 @@ class Mix:
     @property
     def terms(self) -> Array:
         """What a law's coefficients are multiplied by."""
-        return np.array([1.0, self.sequences, self.tokens, self.attended])
+        return np.array([1.0, self.sequences, self.tokens - self.sequences, self.attended])
 
 
 def decode(sequences: float, context: float) -> Mix:
@@ -66,7 +66,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class StepLaw:
-    """Seconds of one stage for a step: `coefficients` of 1, sequences, tokens and attended tokens.
+    """Seconds of one stage for a step: `coefficients` of 1, sequences, tokens beyond one each, and attended tokens.
 
     `slowness[k - 1]` is the factor when k stages of the fleet compute at once; beyond the last one measured it
     grows in proportion. `overhead_s` is what a request spends outside of steps.
@@ -78,8 +78,7 @@ class StepLaw:
 
     def work_s(self, mix: Mix) -> float:
         """A stage's time for a step when nothing else computes."""
-        base, sequence, token, attended = self.coefficients
-        return base + sequence * mix.sequences + token * mix.tokens + attended * mix.attended
+        return float(mix.terms @ self.coefficients)
 
     def slow(self, busy: int) -> float:
         """By how much everything takes longer while `busy` stages compute."""

@@ -59,4 +59,4 @@ def test_the_steps_of_a_prompt_hold_all_its_tokens(tokens: int, most: int) -> No
 
 
 def test_a_step_costs_by_what_is_in_it() -> None:
-    assert LAW.work_s(Mix(2, 10, 500)) == pytest.approx(0.02 + 2 * 0.001 + 10 * 0.0015 + 500 * 2e-6)
+    assert LAW.work_s(Mix(2, 10, 500)) == pytest.approx(0.02 + 2 * 0.001 + 8 * 0.0015 + 500 * 2e-6)
