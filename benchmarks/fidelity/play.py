@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.fidelity.clients import Clients, Stream
@@ -13,7 +13,7 @@ from benchmarks.fidelity.measure import Measured, Survey, working
 from benchmarks.fidelity.scripts import INSTANCES, MAX_BATCH, Script
 from data.layout import Device
 from data.plan import PlanBook
-from data.workload import Request, Workload
+from data.workload import Workload
 from perennial.fleet import Fleet
 from perennial.processes import Start
 from perennial.testing import fleet, given_plans
@@ -75,15 +75,13 @@ async def _run(script: Script, seed: int, book: PlanBook, service: Fleet, client
     async with asyncio.timeout(workload.duration_s + _FINISH_S), asyncio.TaskGroup() as group:
         playing = group.create_task(clients.play(workload, began_s))
         group.create_task(_do(script, service, began_s, happenings))
-    streams = playing.result()
-    sent = (
-        Request(max(0.0, stream.sent_s - began_s), item.input_tokens, item.output_tokens)
-        for stream, item in zip(streams, workload.requests, strict=True)
-    )
+    # requests of one moment may be sent in another order than they were drawn
+    sent = sorted(zip(playing.result(), workload.requests, strict=True), key=lambda pair: pair[0].sent_s)
+    requests = (replace(item, arrival_s=max(0.0, stream.sent_s - began_s)) for stream, item in sent)
     return Played(
         book,
-        Workload(script.name, tuple(sent)),
-        streams,
+        Workload(script.name, tuple(requests)),
+        [stream for stream, _ in sent],
         happenings,
         instances,
         layout,
