@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fidelity --out DIR`: real runs beside their simulations, `fidelity.json` and `fidelity.html`.
+"""`python -m benchmarks.fidelity --out DIR`: real runs beside their simulations, as `fidelity.json`, `.md` and `.html`.
 
 Exit code 1 if a bar is missed: the mean latency within 10 % of the measured one, and P99 within 15 %.
 """
@@ -18,9 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.fidelity.compare import MEAN_BAR, P99_BAR, compared, profile
+from benchmarks.fidelity.compare import MEAN_BAR, P99_BAR, TRACE, compared, profile
 from benchmarks.fidelity.measure import Measured
-from benchmarks.fidelity.page import table, write_page
+from benchmarks.fidelity.page import markdown, table, write_page
 from benchmarks.fidelity.play import Played, play
 from benchmarks.fidelity.scripts import SCRIPTS, Script
 from perennial.demo.setting import CPU
@@ -43,14 +43,19 @@ def main(arguments: list[str] | None = None) -> int:
     Console().print(table(results["runs"]))
     results |= {"machine": this_machine().to_json(), "seconds": round(time.monotonic() - begun, 1)}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "fidelity.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     write_page(options.out / "fidelity.html", results)
+    (options.out / "fidelity.md").write_text(markdown(results["runs"]), encoding="utf-8")
+    runs = [{key: value for key, value in run.items() if key != TRACE} for run in results["runs"]]
+    written = json.dumps(results | {"runs": runs}, indent=1) + "\n"
+    (options.out / "fidelity.json").write_text(written, encoding="utf-8")
     return 0 if all(run["met"] for run in results["runs"]) else 1
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for fidelity.json and fidelity.html")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for fidelity.json, fidelity.md and fidelity.html"
+    )
     parser.add_argument("--runs", type=int, default=len(SCRIPTS), help="only the first so many scripts")
     parser.add_argument("--only", nargs="*", default=[], help="only scripts whose name contains one of these words")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="each script is played with each of them")

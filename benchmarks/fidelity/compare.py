@@ -24,6 +24,7 @@ from serving.requests import Event
 Result = dict[str, Any]
 
 MEAN_BAR, P99_BAR = 0.10, 0.15
+TRACE = "trace"  # what figures are drawn from: request by request, too much for a results file
 
 
 def profile(measured: Measured, charges: Charges, spec: ModelSpec) -> FleetProfile:
@@ -64,8 +65,11 @@ def compared(script: Script, seed: int, played: Played, told: FleetProfile) -> R
         "happenings": [asdict(one) for one in played.happenings],
         "changes": {"measured": _changes(played), "simulated": [_change(one) for one in served.changes]},
         "laws": {f"{stages}x{shards}": _law(law) for (stages, shards), law in told.laws.items()},
-        "arrival_s": _rounded(served.arrival_s),
-        "latency_s": {"measured": _rounded(latency_s), "simulated": _rounded(served.latency_s)},
+        TRACE: {
+            "arrival_s": _rounded(served.arrival_s),
+            "measured_s": _rounded(latency_s),
+            "simulated_s": _rounded(served.latency_s),
+        },
     }
 
 

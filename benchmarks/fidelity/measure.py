@@ -155,7 +155,7 @@ class Survey:
 
     @contextlib.asynccontextmanager
     async def _load(self) -> AsyncIterator[list[Stream]]:
-        """Requests all the time, two for every replica of four."""
+        """Requests all the time, as many as there were instances at first."""
         streams: list[Stream] = []
 
         async def again() -> None:

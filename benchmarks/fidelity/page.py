@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from benchmarks.fidelity.compare import TRACE
+
 Result = dict[str, Any]
 
 _HEAD = ("run", "requests", "mean: measured, simulated, error", "P99: measured, simulated, error", "bars")
@@ -47,6 +49,12 @@ def table(runs: Sequence[Result]) -> Table:
     return shown
 
 
+def markdown(runs: Sequence[Result]) -> str:
+    """For the documentation."""
+    lines = [_HEAD, ["---"] * len(_HEAD), *rows(runs)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def write_page(path: Path, result: Result) -> None:
     """One self-contained HTML page."""
     import matplotlib
@@ -70,8 +78,9 @@ def _figure(run: Result) -> str:
 
     figure, (over_time, spread) = pyplot.subplots(1, 2, figsize=(14, 3.4), width_ratios=(3, 2))
     for kind, colour in (("measured", "tab:blue"), ("simulated", "tab:orange")):
-        latency_s = np.array([np.nan if value is None else value for value in run["latency_s"][kind]])
-        over_time.plot(run["arrival_s"], latency_s, ".-", color=colour, linewidth=0.6, markersize=3, label=kind)
+        trace = run[TRACE]
+        latency_s = np.array([np.nan if value is None else value for value in trace[f"{kind}_s"]])
+        over_time.plot(trace["arrival_s"], latency_s, ".-", color=colour, linewidth=0.6, markersize=3, label=kind)
         spread.step(np.sort(latency_s), np.arange(1, len(latency_s) + 1) / len(latency_s), color=colour, label=kind)
     for one in run["happenings"]:
         over_time.axvline(one["time_s"], color="grey", linewidth=0.7)

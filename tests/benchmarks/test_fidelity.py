@@ -12,7 +12,7 @@ import pytest
 from benchmarks.fidelity.clients import Stream, steady_s, tokens_per_s
 from benchmarks.fidelity.compare import compared, profile
 from benchmarks.fidelity.measure import Measured, degrees_of
-from benchmarks.fidelity.page import table, write_page
+from benchmarks.fidelity.page import markdown, table, write_page
 from benchmarks.fidelity.play import Played, play
 from benchmarks.fidelity.scripts import INSTANCES, SCRIPTS, Deed, Script
 from data.layout import Device
@@ -109,6 +109,7 @@ def test_a_run_that_is_its_own_simulation_meets_the_bars(tmp_path: Path) -> None
     assert run["errors"]["mean_s"] == pytest.approx(0.0, abs=1e-6)
     assert run["errors"]["p99_s"] == pytest.approx(0.0, abs=1e-6)
     assert table([run]).row_count == 1
+    assert markdown([run]).count("| short, 2x1x1 → 2x1x1 → 1x1x1 → 1x1x1 | 30 |") == 1
     write_page(tmp_path / "page.html", {"runs": [run]})
     assert "short" in (tmp_path / "page.html").read_text()
 
