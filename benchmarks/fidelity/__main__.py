@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.fidelity.compare import MEAN_BAR, P99_BAR, TRACE, compared, profile
+from benchmarks.fidelity.compare import MEAN_BAR, P99_BAR, TRACE, Result, compared, profile
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.page import markdown, table, write_page
 from benchmarks.fidelity.play import Played, play
@@ -28,8 +28,11 @@ from perennial.nursery import Nursery
 from profiling.fingerprint import this_machine
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.weights import read_spec
+from serving.errors import PerennialError
 
 Run = tuple[Script, int, Played, Measured]
+
+_FAILURES = (PerennialError, TimeoutError, OSError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [{key: value for key, value in run.items() if key != TRACE} for run in results["runs"]]
     written = json.dumps(results | {"runs": runs}, indent=1) + "\n"
     (options.out / "fidelity.json").write_text(written, encoding="utf-8")
-    return 0 if all(run["met"] for run in results["runs"]) else 1
+    held = results["runs"] and not results["failed"] and all(run["met"] for run in results["runs"])
+    return 0 if held else 1
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,23 +67,34 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _measure_all(options: argparse.Namespace, folder: Path, begun: float) -> dict[str, Any]:
-    checkpoint = folder / "model"
-    create_checkpoint(str(checkpoint), seed=0, **CPU.model)
-    spec, everything = read_spec(str(checkpoint)), Measured()
-    runs: list[Run] = []
+    checkpoint = str(folder / "model")
+    create_checkpoint(checkpoint, seed=0, **CPU.model)
+    everything, runs, failed = Measured(), list[Run](), list[str]()
     with Nursery(folder) as nursery:
-        for script, seed in _chosen(options):
+        for number, (script, seed) in enumerate(_chosen(options)):
             _say(begun, f"{script.name}, seed {seed}")
-            home = folder / f"{len(runs)}"
-            played, measured = asyncio.run(play(script, seed, str(checkpoint), home, nursery.start))
+            try:
+                played, measured = asyncio.run(play(script, seed, checkpoint, folder / str(number), nursery.start))
+            except (*_FAILURES, ExceptionGroup) as error:
+                failed.append(f"{script.name}, seed {seed}: {error!r}")
+                _say(begun, failed[-1])
+                continue
             runs.append((script, seed, played, measured))
             everything.add_changes(measured)
             served, happened, (_, others) = len(played.streams), len(played.happenings), played.foreign_cores
             _say(begun, f"{served} requests served, {happened} things happened, others used {others:.2f} processors")
-    charges = everything.charges()
-    found = [compared(*run[:3], profile(run[3], charges, spec)) for run in runs]
+    found, charges = _compare_all(runs, everything, checkpoint)
     bars = {"mean": MEAN_BAR, "p99": P99_BAR}
-    return {"bars": bars, "charges": asdict(charges), "samples": everything.changes, "runs": found}
+    return {"bars": bars, "charges": charges, "samples": everything.changes, "failed": failed, "runs": found}
+
+
+def _compare_all(runs: list[Run], everything: Measured, checkpoint: str) -> tuple[list[Result], Result]:
+    """Every run beside its simulation, and what all were charged."""
+    if not runs:
+        return [], {}
+    spec, charges = read_spec(checkpoint), everything.charges()
+    found = [compared(script, seed, played, profile(own, charges, spec)) for script, seed, played, own in runs]
+    return found, asdict(charges)
 
 
 def _chosen(options: argparse.Namespace) -> list[tuple[Script, int]]:
