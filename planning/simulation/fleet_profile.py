@@ -17,8 +17,6 @@ from planning.step_laws import StepLaw
 Array = npt.NDArray[np.float64]
 Degrees = tuple[int, int]  # stages, shards
 
-_LEAST_S = 0.01  # what is shorter is as good as measured
-
 
 @dataclass(frozen=True, slots=True)
 class Duration:
@@ -35,7 +33,7 @@ class Duration:
 def fit_duration(samples: Sequence[tuple[int, float]]) -> Duration:
     """From (devices of new replicas, seconds): the median where one number of devices was seen, else a line.
 
-    The line is the one of least absolute relative error, so that a slow moment does not bend it.
+    The line is the one of least absolute error, so that a slow moment does not bend it.
     Raises `InvalidInput` without samples.
     """
     if not samples:
@@ -43,10 +41,9 @@ def fit_duration(samples: Sequence[tuple[int, float]]) -> Duration:
     devices, seconds = np.array(samples, dtype=np.float64).T
     if len(np.unique(devices)) == 1:
         return Duration(float(np.median(seconds)))
-    weights = 1 / np.maximum(seconds, _LEAST_S)
 
     def miss(line: Array) -> float:
-        return float((np.abs(line[0] + line[1] * devices - seconds) * weights).sum())
+        return float(np.abs(line[0] + line[1] * devices - seconds).sum())
 
     corners = (_through(devices, seconds, first, second) for first, second in combinations(range(len(samples)), 2))
     lines = [line for line in corners if line is not None and line.min() >= 0]
