@@ -1,0 +1,1 @@
+"""How well the simulation of a fleet predicts real runs of one."""

@@ -1,0 +1,128 @@
+"""A real run beside its simulation: latencies, errors against the bars, and the changes of the layout."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fidelity.measure import Measured
+from benchmarks.fidelity.play import ENGINE, Played
+from benchmarks.fidelity.scripts import MAX_BATCH, Script
+from data.layout import Device, ParallelConfig
+from data.models import ModelSpec
+from planning.simulation.fleet import Served, simulate_fleet
+from planning.simulation.fleet_profile import Charges, Degrees, FleetProfile
+from planning.simulation.serving import Array, Outcome
+from planning.step_laws import StepLaw
+from serving.controller.dispatch import Replica
+from serving.controller.orders import kv_blocks
+from serving.requests import Event
+
+Result = dict[str, Any]
+
+MEAN_BAR, P99_BAR = 0.10, 0.15
+TRACE = "trace"  # what figures are drawn from: request by request, too much for a results file
+
+
+def profile(measured: Measured, charges: Charges, spec: ModelSpec) -> FleetProfile:
+    """What the simulation is told of the fleet."""
+    laws = measured.laws()
+    blocks = {degrees: _blocks(spec, degrees) for degrees in laws}
+    return FleetProfile(laws, blocks, charges, ENGINE.step_tokens, ENGINE.block_tokens)
+
+
+def _blocks(spec: ModelSpec, degrees: Degrees) -> int:
+    config = ParallelConfig(1, *degrees, MAX_BATCH)
+    devices = tuple(Device("any", index) for index in range(config.devices))
+    return kv_blocks(spec, Replica(0, 0, config, devices, 0), ENGINE)
+
+
+def simulated(played: Played, told: FleetProfile) -> Served:
+    """The same story, simulated."""
+    return simulate_fleet(played.book, told, played.workload, played.happenings, played.instances, played.layout)
+
+
+def compared(script: Script, seed: int, played: Played, told: FleetProfile) -> Result:
+    """One run beside its simulation."""
+    served = simulated(played, told)
+    latency_s = np.array([stream.latency_s for stream in played.streams])
+    first_s = np.array([stream.first_s for stream in played.streams])
+    measured, predicted = _summary(served.arrival_s, latency_s, first_s), _of(served)
+    errors = {key: predicted[key] / measured[key] - 1 for key in ("mean_s", "p99_s", "first_mean_s")}
+    return {
+        "name": script.name,
+        "seed": seed,
+        "layouts": {str(count): layout for count, layout in script.layouts.items()},
+        "requests": len(latency_s),
+        "foreign_cores": played.foreign_cores,
+        "measured": measured,
+        "simulated": predicted,
+        "errors": errors,
+        "met": abs(errors["mean_s"]) <= MEAN_BAR and abs(errors["p99_s"]) <= P99_BAR,
+        "happenings": [asdict(one) for one in played.happenings],
+        "changes": {"measured": _changes(played), "simulated": [_change(one) for one in served.changes]},
+        "laws": {f"{stages}x{shards}": _law(law) for (stages, shards), law in told.laws.items()},
+        TRACE: {
+            "arrival_s": _rounded(served.arrival_s),
+            "measured_s": _rounded(latency_s),
+            "simulated_s": _rounded(served.latency_s),
+        },
+    }
+
+
+def _of(served: Served) -> dict[str, float]:
+    return _summary(served.arrival_s, served.latency_s, served.first_s - served.arrival_s)
+
+
+def _summary(arrival_s: Array, latency_s: Array, first_s: Array) -> dict[str, float]:
+    whole = Outcome(arrival_s, arrival_s + latency_s, float("inf")).summary()
+    first = Outcome(arrival_s, arrival_s + first_s, float("inf")).summary()
+    return {
+        "mean_s": whole.mean_s, "p50_s": whole.p50_s, "p90_s": whole.p90_s, "p99_s": whole.p99_s,
+        "first_mean_s": first.mean_s, "first_p99_s": first.p99_s,
+    }  # fmt: skip
+
+
+def _changes(played: Played) -> list[dict[str, Any]]:
+    """The changes of the real run, on its clock."""
+    begun: dict[int, Event] = {}
+    paused: dict[int, Event] = {}
+    found = []
+    for event in played.events:
+        if event.kind == "reconfiguration_started":
+            begun[event.data["epoch"]] = event
+        elif event.kind == "reconfiguration_paused":
+            paused[event.data["epoch"]] = event
+        elif event.kind == "layout":
+            epoch = event.data["epoch"]
+            moments = (begun[epoch], paused.get(epoch, event), event)
+            started_s, paused_s, done_s = (round(one.time_s - played.began_unix_s, 3) for one in moments)
+            moved = event.data["requests_moved"] + event.data["requests_restored"]
+            found.append({
+                "started_s": started_s, "paused_s": paused_s, "done_s": done_s, "config": event.data["config"],
+                "recovery": event.data["mode"] == "recovery", "moved": moved,
+                "replayed": event.data["requests_replayed"],
+            })  # fmt: skip
+    return found
+
+
+def _change(one: Any) -> dict[str, Any]:
+    times = {key: round(getattr(one, key), 3) for key in ("started_s", "paused_s", "done_s")}
+    return times | {
+        "config": str(one.config), "recovery": one.recovery, "moved": one.moved, "replayed": one.replayed
+    }  # fmt: skip
+
+
+def _law(law: StepLaw) -> dict[str, Any]:
+    return {
+        "coefficients_ms": [float(f"{1e3 * value:.4g}") for value in law.coefficients],
+        "slowness": [round(value, 3) for value in law.slowness],
+        "overhead_ms": round(1e3 * law.overhead_s, 2),
+    }
+
+
+def _rounded(values: Array) -> list[float | None]:
+    return [round(float(value), 4) if isfinite(value) else None for value in values]

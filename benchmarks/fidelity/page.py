@@ -1,0 +1,95 @@
+"""The results as a table on the console and as one HTML page with figures."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from benchmarks.fidelity.compare import TRACE
+
+Result = dict[str, Any]
+
+_HEAD = ("run", "requests", "mean: measured, simulated, error", "P99: measured, simulated, error", "bars")
+_STYLE = (
+    "body{font:15px sans-serif;margin:2em;max-width:75em}"
+    "td,th{padding:2px 9px;border-bottom:1px solid #ddd;text-align:left}"
+)
+
+
+def rows(runs: Sequence[Result]) -> list[list[str]]:
+    """One row for each run."""
+    return [
+        [
+            f"{run['name']}, {' → '.join(run['layouts'].values())}",
+            str(run["requests"]),
+            _cell(run, "mean_s"),
+            _cell(run, "p99_s"),
+            "met" if run["met"] else "MISSED",
+        ]
+        for run in runs
+    ]
+
+
+def _cell(run: Result, key: str) -> str:
+    return f"{run['measured'][key]:.2f} s, {run['simulated'][key]:.2f} s, {100 * run['errors'][key]:+.1f} %"
+
+
+def table(runs: Sequence[Result]) -> Table:
+    """For the console."""
+    shown = Table(*_HEAD, title="Latency of real runs and of their simulations")
+    for row in rows(runs):
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(runs: Sequence[Result]) -> str:
+    """For the documentation."""
+    lines = [_HEAD, ["---"] * len(_HEAD), *rows(runs)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_page(path: Path, result: Result) -> None:
+    """One self-contained HTML page."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEAD)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(result["runs"])
+    )
+    figures = "".join(f"<h2>{html.escape(run['name'])}</h2>{_figure(run)}" for run in result["runs"])
+    page = (
+        f"<!doctype html><meta charset=utf-8><title>Fidelity</title><style>{_STYLE}</style>"
+        f"<h1>Real runs and their simulations</h1><table><tr>{head}</tr>{body}</table>{figures}"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _figure(run: Result) -> str:
+    """Latency by arrival with what happened, and its distribution."""
+    from matplotlib import pyplot
+
+    figure, (over_time, spread) = pyplot.subplots(1, 2, figsize=(14, 3.4), width_ratios=(3, 2))
+    for kind, colour in (("measured", "tab:blue"), ("simulated", "tab:orange")):
+        trace = run[TRACE]
+        latency_s = np.array([np.nan if value is None else value for value in trace[f"{kind}_s"]])
+        over_time.plot(trace["arrival_s"], latency_s, ".-", color=colour, linewidth=0.6, markersize=3, label=kind)
+        spread.step(np.sort(latency_s), np.arange(1, len(latency_s) + 1) / len(latency_s), color=colour, label=kind)
+    for one in run["happenings"]:
+        over_time.axvline(one["time_s"], color="grey", linewidth=0.7)
+        over_time.annotate(one["kind"], (one["time_s"], over_time.get_ylim()[1]), fontsize=7, rotation=90, va="top")
+    over_time.set(xlabel="arrival, s", ylabel="latency, s", ylim=(0, None))
+    spread.set(xlabel="latency, s", ylabel="share of requests", xlim=(0, None))
+    spread.legend()
+    buffer = BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    pyplot.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img style="max-width:100%" src="data:image/svg+xml;base64,{data}">'

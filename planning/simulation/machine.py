@@ -1,0 +1,82 @@
+"""What a simulated fleet consists of beside its replicas: a clock with an agenda, the queue, the processors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
+
+from planning.simulation.batching import Job
+from planning.simulation.lines import Line, next_end_s, work
+
+
+@dataclass(slots=True)
+class Agenda:
+    """What is to be done when; of one moment, in the order in which it was said."""
+
+    now_s: float = 0.0
+    _items: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _numbers: count[int] = field(default_factory=count)
+
+    @property
+    def next_s(self) -> float:
+        """When something is to be done next."""
+        return self._items[0][0] if self._items else inf
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        """Do `action` in so many seconds."""
+        heappush(self._items, (self.now_s + seconds, next(self._numbers), action))
+
+    def act(self) -> None:
+        """Do what is due."""
+        while self.next_s <= self.now_s:
+            heappop(self._items)[2]()
+
+
+@dataclass(slots=True)
+class Queue:
+    """Requests without a replica, and which replica gets them: the one with most room."""
+
+    jobs: deque[Job] = field(default_factory=deque)
+
+    def give_back(self, jobs: Iterable[Job]) -> None:
+        """Requests that lost their replica and their KV, before all others and in their order of arrival."""
+        for job in sorted(jobs, key=lambda one: one.key, reverse=True):
+            job.lose()
+            self.jobs.appendleft(job)
+
+    def hand_out(self, lines: Sequence[Line]) -> None:
+        """Fill what room there is."""
+        while self.jobs:
+            chosen = max(lines, key=lambda line: (line.room, -line.number), default=None)
+            if chosen is None or chosen.room <= 0:
+                return
+            chosen.batcher.add(self.jobs.popleft())
+
+
+@dataclass(slots=True)
+class Machine:
+    """The processors: replicas that compute, and what slows them down."""
+
+    lines: dict[int, Line] = field(default_factory=dict)
+    slowdowns: list[float] = field(default_factory=list)
+
+    @property
+    def slowdown(self) -> float:
+        """By how much steps take longer because of what goes on beside them: the worst counts."""
+        return max(self.slowdowns, default=1.0)
+
+    def next_s(self) -> float:
+        """Seconds until a stage is done."""
+        return next_end_s(self.lines.values(), self.slowdown)
+
+    def work(self, seconds: float) -> None:
+        """Compute for `seconds`, in which no stage becomes done before the end."""
+        work(self.lines.values(), seconds, self.slowdown)
+
+    def lead(self) -> list[Job]:
+        """Let every leader act; returns the jobs that drew a token."""
+        return [job for line in list(self.lines.values()) for job in line.lead()]
