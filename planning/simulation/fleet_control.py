@@ -6,7 +6,7 @@ Targets come from the plan book and transitions from `planning.transition`, as i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from data.layout import Device, ParallelConfig
@@ -72,7 +72,7 @@ class Controller:
         if target is None or transition is None:
             return
         for devices in layout or [new.devices for new in transition.new]:
-            self._start(transition.config, tuple(devices))
+            self._start(replace(target, replicas=1), tuple(devices))
             boxes = (position_boxes(self.members.book.model, target, rank) for rank in range(len(devices)))
             self.members.hold(dict(zip(devices, boxes, strict=True)))
         self._config = target
@@ -192,7 +192,7 @@ class Controller:
     def _rehome(self, change: _Change) -> tuple[int, int]:
         """Old replicas make place for new ones; how many requests went on there, and how many are computed again."""
         origin = {job: line.number for line in change.retired for job in line.batcher.jobs}
-        new = [self._start(change.transition.config, one.devices) for one in change.transition.new]
+        new = [self._start(one.config, one.devices) for one in change.transition.new]
         for line in change.retired:
             del self.machine.lines[line.number]
             line.break_up()
