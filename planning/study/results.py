@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import t as student
 
 from planning.simulation.serving import Outcome
 
@@ -110,6 +109,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     middle = float(np.mean(values))
     if len(values) < 2 or not np.isfinite(values).all():
         return middle, middle
+    from scipy.stats import t as student  # slow to import, and for this alone
+
     half = float(student.ppf(_CONFIDENCE, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return middle - half, middle + half
 
