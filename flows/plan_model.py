@@ -21,7 +21,7 @@ class PlanModel(PythonModel):
         self._plans = {plan["state"]: plan for plan in book["plans"]}
 
     def predict(self, model_input: list[dict[str, int]]) -> list[dict[str, object]]:  # type: ignore[override]
-        """One plan per state as in `plan.json`: `transitions` are for when something runs already."""
+        """One plan per state as in `plan.json`: `config` where nothing runs, `transitions` where something does."""
         return [self._plan_for(state) for state in model_input]
 
     def _plan_for(self, state: dict[str, int]) -> dict[str, object]:

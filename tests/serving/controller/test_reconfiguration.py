@@ -228,7 +228,7 @@ async def test_requests_of_a_paused_replica_are_replayed_when_the_switch_fails(
         await scene.layout("a", "b")
         await scene.until(lambda: record.replica in scene.fleet.dispatcher.replicas)
         leader = scene.peers[scene.fleet.dispatcher.replicas[record.replica or 0].leader.instance]
-        await scene.until(lambda: leader.all_heard(m.Submit)[-1].replica == record.replica)  # type: ignore[union-attr]
+        await scene.until(lambda: [one.replica for one in leader.all_heard(m.Submit)][-1:] == [record.replica])  # type: ignore[union-attr]
         assert record.recoveries == 1
         assert any(old in order.replicas for order in scene.peers["a"].all_heard(m.Retire))  # type: ignore[union-attr]
 
