@@ -81,7 +81,7 @@ def _measure_all(options: argparse.Namespace, folder: Path, begun: float) -> dic
                 continue
             runs.append((script, seed, played, measured))
             everything.add_changes(measured)
-            served, happened, (_, others) = len(played.streams), len(played.happenings), played.foreign_cores
+            served, happened, others = len(played.streams), len(played.happenings), played.foreign_cores[1]
             _say(begun, f"{served} requests served, {happened} things happened, others used {others:.2f} processors")
     found, charges = _compare_all(runs, everything, checkpoint)
     bars = {"mean": MEAN_BAR, "p99": P99_BAR}

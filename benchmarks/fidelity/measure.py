@@ -1,8 +1,9 @@
 """The profile of a fleet as it runs: steps in every layout of a script, and what changes take.
 
-The fleet walks down its ladder of layouts and up again before the run that is to be predicted: at every layout
-equal requests are sent at once, in different numbers, and between them instances are told to leave, are killed and
-are added while requests run. Nothing of the run itself is used.
+The fleet walks down its ladder of layouts and up again before the run that is to be predicted, and after it, for
+processors are not always equally quick. At every layout equal requests are sent at once, in different numbers,
+and between them instances are told to leave, are killed and are added while requests run. Nothing of the run
+itself is used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from serving.requests import Event
 
 _LONE_PROMPTS = (8, 64, 200)
 _SHORT, _LONG = 16, 300  # prompts of the requests that decode together
-_OUTPUT, _FEW_OUTPUTS = 48, 16
+_OUTPUT, _FEW_OUTPUTS = 32, 16
 _BEFORE_S = 1.5
 _EVENT_S, _SETTLE_S = 30.0, 60.0
 _GRACE_S = 3.0
@@ -78,7 +79,15 @@ class Survey:
         self._offset_s = time.time() - time.monotonic()
 
     async def walk(self) -> None:
-        """All layouts with a notice and a kill between them, and back to the first by additions."""
+        """All layouts with a notice and a kill between them, and back to the first by additions.
+
+        Instances that are missing at the beginning are started.
+        """
+        await self._fleet.reap()
+        missing = INSTANCES - sum(not one.leaving for one in self._fleet.instances.values())
+        if missing:
+            await self._fleet.add(missing)
+            await self._fleet.wait_serving(timeout_s=_SETTLE_S)
         for instances in range(INSTANCES, 1, -1):
             await self._steps(self._script.layouts[instances])
             if instances > 2:
@@ -95,7 +104,8 @@ class Survey:
         for prompt in _LONE_PROMPTS:
             observed += await self._prompts(1, prompt)
         observed += await self._prompts(replicas, _LONE_PROMPTS[-1])
-        for count in [*range(1, replicas + 1), *(replicas * each for each in (2, 4, MAX_BATCH))]:
+        all_busy = replicas * degrees[0]
+        for count in sorted({*range(1, all_busy + 1), *(replicas * each for each in (2, 4, MAX_BATCH))}):
             observed.append(await self._decoding(count, replicas, degrees[0], _SHORT, _OUTPUT))
         observed.append(await self._decoding(replicas, replicas, degrees[0], _LONG, _FEW_OUTPUTS))
 
@@ -108,10 +118,8 @@ class Survey:
     async def _decoding(self, count: int, replicas: int, stages: int, prompt: int, output: int) -> Observed:
         """The time between tokens of `count` requests that decode together, as evenly spread as can be."""
         streams = await self._clients.together(count, prompt, output)
-        each, busy_replicas = -(-count // replicas), min(count, replicas)
-        together = -(-each // stages)
-        plans = -(-each // together)
-        return Observed(steady_s(streams), (decode(together, prompt + output / 2),), busy_replicas * plans)
+        together, busy = plans_of(count, replicas, stages)
+        return Observed(steady_s(streams), (decode(together, prompt + output / 2),), busy)
 
     # -- changes ----------------------------------------------------------------------------------------
 
@@ -175,6 +183,18 @@ class Survey:
 
     def _clock(self, event: Event) -> float:
         return event.time_s - self._offset_s
+
+
+def plans_of(count: int, replicas: int, stages: int) -> tuple[int, int]:
+    """Requests in one step, and stages that compute, when so many decode on replicas of so many stages.
+
+    As long as there are no more than stages, each is a step of its own and keeps one stage busy.
+    """
+    if count <= replicas * stages:
+        return 1, count
+    each = -(-count // replicas)
+    together = -(-each // stages)
+    return together, replicas * -(-each // together)
 
 
 def _built(before: Sequence[Event], layout: Event) -> int:

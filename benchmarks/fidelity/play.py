@@ -31,7 +31,8 @@ _SETTLE_S = 60.0
 class Played:
     """A run: its requests as they were sent, what came back, what happened to the fleet, and what it began with.
 
-    `foreign_cores` are processors that other programs used, while the fleet was measured and while it ran.
+    `foreign_cores` are processors that other programs used, while the fleet was measured, while it ran, and while it
+    was measured again.
     """
 
     book: PlanBook
@@ -46,7 +47,7 @@ class Played:
 
 
 async def play(script: Script, seed: int, checkpoint: str, home: Path, start: Start) -> tuple[Played, Measured]:
-    """Start a fleet, measure it, and play the script on it."""
+    """Start a fleet, measure it, play the script on it, and measure it again."""
     spec, found = read_spec(checkpoint), Measured()
     book = given_plans(spec, script.layouts, max_batch=MAX_BATCH)
     foreign, begun_s = Foreign(), time.monotonic()
@@ -56,11 +57,14 @@ async def play(script: Script, seed: int, checkpoint: str, home: Path, start: St
     ):
         watching = asyncio.create_task(foreign.watch())
         clients = Clients(client, spec.vocab, seed)
-        await Survey(service, clients, script, ENGINE.step_tokens, found).walk()
+        survey = Survey(service, clients, script, ENGINE.step_tokens, found)
+        await survey.walk()
         surveyed_s = time.monotonic()
         played = await _run(script, seed, book, service, clients)
+        played_s = time.monotonic()
+        await survey.walk()
         watching.cancel()
-    spans = (begun_s, surveyed_s), (surveyed_s, time.monotonic())
+    spans = (begun_s, surveyed_s), (surveyed_s, played_s), (played_s, time.monotonic())
     played.foreign_cores.extend(round(foreign.mean(*span), 3) for span in spans)
     return played, found
 

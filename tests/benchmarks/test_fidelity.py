@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.fidelity.clients import Stream, steady_s, tokens_per_s
 from benchmarks.fidelity.compare import compared, profile
-from benchmarks.fidelity.measure import Measured, degrees_of
+from benchmarks.fidelity.measure import Measured, degrees_of, plans_of
 from benchmarks.fidelity.page import markdown, table, write_page
 from benchmarks.fidelity.play import Played, play
 from benchmarks.fidelity.scripts import INSTANCES, SCRIPTS, Deed, Script
@@ -68,6 +68,15 @@ def test_streams_are_clocked_while_all_run() -> None:
     assert tokens_per_s([early, late], 0.0, 1.0) == pytest.approx(12.0)
 
 
+@pytest.mark.parametrize(
+    ("count", "replicas", "stages", "plans"),
+    [(1, 3, 1, (1, 1)), (3, 3, 1, (1, 3)), (6, 3, 1, (2, 3)), (3, 1, 3, (1, 3)), (8, 1, 3, (3, 3)), (4, 1, 3, (2, 2)),
+     (3, 2, 2, (1, 3)), (16, 2, 2, (4, 4))],
+)  # fmt: skip
+def test_how_requests_share_steps_and_stages(count: int, replicas: int, stages: int, plans: tuple[int, int]) -> None:
+    assert plans_of(count, replicas, stages) == plans
+
+
 def _measured() -> Measured:
     found = Measured()
     found.steps[1, 1] = [
@@ -104,7 +113,7 @@ def test_a_run_that_is_its_own_simulation_meets_the_bars(tmp_path: Path) -> None
     served = simulate_fleet(book, told, work, [], names, layout)
     rows = zip(work.requests, served.arrival_s, served.first_s, served.done_s, strict=True)
     streams = [Stream(one.input_tokens, arrival, [first, done]) for one, arrival, first, done in rows]
-    run = compared(SHORT, 0, Played(book, work, streams, [], names, layout, [], 0.0, [0.0, 0.0]), told)
+    run = compared(SHORT, 0, Played(book, work, streams, [], names, layout, [], 0.0, [0.0, 0.0, 0.0]), told)
     assert run["met"]
     assert run["errors"]["mean_s"] == pytest.approx(0.0, abs=1e-6)
     assert run["errors"]["p99_s"] == pytest.approx(0.0, abs=1e-6)
