@@ -14,13 +14,13 @@ MOST_REEXECUTED = 2  # tokens of a request whose copy survived
 COUNTS = (
     "moved",
     "restored",
-    "hit_uncopied",
+    "restored_uncopied",
     "replayed",
     "replayed_after_one_loss",
     "replayed_after_restart",
     "most_reexecuted",
     "most_reexecuted_uncopied",
-    "most_reexecuted_unseated",
+    "most_replayed",
 )
 
 
@@ -54,7 +54,9 @@ def recovered(events: Iterable[Event]) -> dict[str, int]:
     `replayed` had no KV left, be it that its copy went in a double failure or that it had none yet;
     `replayed_after_one_loss` is the part of it where no more than one instance was hit since the layout
     before. `replayed_after_restart` met a new controller. `most_reexecuted` is the most tokens generated again
-    of a request whose copy was complete when it was hit, by one loss; `hit_uncopied` were hit before that.
+    of a restored request whose copy was complete when it was hit, by one loss; `restored_uncopied` were hit
+    before that. `most_replayed` is the same of requests that were replayed although the copy of their replica was
+    complete: of those that had no KV when it broke, because they waited for a place or had given it up.
     """
     counts = dict.fromkeys(COUNTS, 0)
     hit: set[str] = set()
@@ -83,10 +85,10 @@ def _count(counts: dict[str, int], layout: Any, *, restarted: bool, hit: int) ->
     counts["replayed_after_restart" if restarted else "replayed"] += replayed
     counts["replayed_after_one_loss"] += 0 if restarted or hit > 1 else replayed
     copied, uncopied = layout.get("tokens_reexecuted", ()), layout.get("tokens_reexecuted_uncopied", ())
-    counts["hit_uncopied"] += len(uncopied)
-    counts["most_reexecuted_unseated"] = max(
-        [counts["most_reexecuted_unseated"], *map(int, layout.get("tokens_reexecuted_unseated", ()))]
-    )
+    counts["restored_uncopied"] += len(uncopied)
+    if hit <= 1:
+        again = layout.get("tokens_replayed", {}).get("copied", ())
+        counts["most_replayed"] = max([counts["most_replayed"], *map(int, again)])
     for name, again in {"most_reexecuted": copied, "most_reexecuted_uncopied": uncopied}.items():
         worst = name if hit <= 1 else "most_reexecuted_uncopied"  # the copy may have been what the second loss took
         counts[worst] = max([counts[worst], *map(int, again)])

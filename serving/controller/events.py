@@ -62,8 +62,7 @@ def layout_event(
         for index, one in enumerate(replicas)
         for rank, device in enumerate(one.devices)
     ]
-    restored = [("uncopied" if key in outcome.uncopied else "copied", n) for key, n in outcome.restored.items()]
-    again = {why: sorted(n for reason, n in [*restored, *replayed] if reason == why) for why in _REASONS}
+    restored, uncopied = outcome.restored, outcome.uncopied
     return {
         "epoch": outcome.epoch,
         "config": str(target),
@@ -73,7 +72,7 @@ def layout_event(
         "requests_moved": len(outcome.heirs) - len(restored),
         "requests_restored": len(restored),
         "requests_replayed": len(replayed),
-        "tokens_reexecuted": again["copied"],
-        "tokens_reexecuted_uncopied": again["uncopied"],
-        "tokens_reexecuted_unseated": again["unseated"],
+        "tokens_reexecuted": sorted(tokens for key, tokens in restored.items() if key not in uncopied),
+        "tokens_reexecuted_uncopied": sorted(tokens for key, tokens in restored.items() if key in uncopied),
+        "tokens_replayed": {why: sorted(n for reason, n in replayed if reason == why) for why in _REASONS},
     }

@@ -82,7 +82,7 @@ class Ledger:
             if record.finish is None:
                 record.append(Emission(stored.key, index, token, output.logprobs[index], output.top[index], finish))
         record.finish, record.ended = stored.finish, stored.finish is not None
-        record.committed = len(record.output)
+        record.committed = record.replayed = len(record.output)  # from here on all of it is computed anew
         return record
 
     def _record(self, key: int, request: GenerationRequest, *, age_s: float = 0.0) -> Record:

@@ -111,11 +111,12 @@ def test_what_layouts_say_about_requests_is_summed() -> None:
                 "requests_replayed": 1,
                 "tokens_reexecuted": [0, 2, 1],
                 "tokens_reexecuted_uncopied": [7],
+                "tokens_replayed": {"copied": [9], "uncopied": [30], "unseated": [40]},
             },
         ),
         ("instance_lost", {"instance": "i1"}),
         ("instance_lost", {"instance": "i2"}),
-        ("layout", {"requests_replayed": 5, "tokens_reexecuted_unseated": [9]}),
+        ("layout", {"requests_replayed": 5, "tokens_replayed": {"copied": [11]}}),
         ("controller_started", {}),
         ("layout", {"requests_replayed": 4, "tokens_reexecuted": []}),
     ]
@@ -124,13 +125,13 @@ def test_what_layouts_say_about_requests_is_summed() -> None:
     assert counts == {
         "moved": 2,
         "restored": 4,
-        "hit_uncopied": 1,
+        "restored_uncopied": 1,
         "replayed": 7,
         "replayed_after_one_loss": 2,
         "replayed_after_restart": 4,
         "most_reexecuted": 2,
         "most_reexecuted_uncopied": 7,
-        "most_reexecuted_unseated": 9,
+        "most_replayed": 9,
     }
     assert counts["most_reexecuted"] <= MOST_REEXECUTED
     summary = totals([Outcome(0, recovered=counts), Outcome(1, recovered=counts)], wall_s=1.0)

@@ -40,6 +40,6 @@ def test_a_layout_tells_apart_whose_copy_was_complete() -> None:
     outcome = Outcome(3, [replica], heirs, {}, restored={1: 0, 2: 9, 3: 2}, uncopied=frozenset({2}))
     told = layout_event(outcome, [replica], one, replayed=[("copied", 1), ("uncopied", 4), ("unseated", 8)])
     assert [told[f"requests_{how}"] for how in ("moved", "restored", "replayed")] == [1, 3, 3]
-    assert (told["tokens_reexecuted"], told["tokens_reexecuted_uncopied"]) == ([0, 1, 2], [4, 9])
-    assert told["tokens_reexecuted_unseated"] == [8]
+    assert (told["tokens_reexecuted"], told["tokens_reexecuted_uncopied"]) == ([0, 2], [9])
+    assert told["tokens_replayed"] == {"copied": [1], "uncopied": [4], "unseated": [8]}
     assert [(one["stage"], one["device"]) for one in told["positions"]] == [(0, "a/0"), (1, "b/0")]
