@@ -67,6 +67,11 @@ class ClusterState:
         """Number of usable instances over all types."""
         return sum(count for _, count in self.counts)
 
+    def contains(self, part: ClusterState) -> bool:
+        """Whether `part` is left of this state when some instances go, or none."""
+        counts = dict(self.counts)
+        return all(count <= counts.get(name, 0) for name, count in part.counts)
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:

@@ -89,6 +89,11 @@ class ModelSpec:
         """Bytes of all weights, each tensor counted once."""
         return sum(tensor.elements for tensor in tensors(self)) * self.dtype_bytes
 
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of K and V of one token in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_json` inverts it."""
         return asdict(self)

@@ -204,7 +204,7 @@ class _Index:
         """The plan of the largest listed part of `state`: that of its greatest conceivable part, where it is listed."""
         greatest = ClusterState.of({name: min(count, self.most.get(name, 0)) for name, count in state.counts})
         listed = self.plans.get(greatest)
-        return listed or next((plan for plan in self.largest if _contains(state, plan.state)), None)
+        return listed or next((plan for plan in self.largest if state.contains(plan.state)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +226,6 @@ def difference(before: PlanBook, after: PlanBook) -> tuple[PlanChange, ...]:
 
 def _chosen(plan: Plan | None) -> tuple[ParallelConfig | None, dict[ParallelConfig, ParallelConfig]] | None:
     return (plan.config, dict(plan.transitions)) if plan else None
-
-
-def _contains(state: ClusterState, part: ClusterState) -> bool:
-    counts = dict(state.counts)
-    return all(count <= counts.get(name, 0) for name, count in part.counts)
 
 
 def stated_sha256(content: bytes) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data.canonical import canonical_json, checksum, exactly
+from data.canonical import checksum, exactly, sealed, unsealed
 from data.cluster import ClusterSpec, ClusterState
 from data.deployment import Deployment, SharedGroup
 from data.errors import CorruptData, InvalidInput
@@ -102,20 +102,21 @@ class SharedPlanBook:
 
         If there is none, a plan without groups whose reason says so.
         """
-        counts = dict(state.counts)
-        within = [plan for plan in self.plans if all(count <= counts.get(name, 0) for name, count in plan.state.counts)]
+        within = [plan for plan in self.plans if state.contains(plan.state)]
         if not within:
             return SharedPlan(state, None, f"the plan book has no plan for {state.key} or a part of it")
         return max(within, key=lambda plan: (plan.state == state, self.cluster.devices(plan.state), plan.state.key))
 
     def to_bytes(self) -> bytes:
         """Canonical JSON; `from_bytes` inverts it."""
-        return canonical_json({**self._body(), "sha256": self.sha256})
+        return sealed(self._body())
 
     @classmethod
     def from_bytes(cls, content: bytes) -> SharedPlanBook:
         """Read a book. Raises `CorruptData` for anything but an intact book of this kind and schema."""
-        return _read(_checked_body(content))
+        if not is_shared(content):
+            raise CorruptData(f"this is no plan book of several models (kind {KIND!r}); publish it again")
+        return _read(unsealed(content, SCHEMA_VERSION, "the plan book"))
 
     def _body(self) -> dict[str, Any]:
         return {
@@ -143,23 +144,6 @@ def is_shared(content: bytes) -> bool:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return False
     return isinstance(document, dict) and document.get("kind") == KIND
-
-
-def _checked_body(content: bytes) -> dict[str, Any]:
-    if not is_shared(content):
-        raise CorruptData(f"this is no plan book of several models (kind {KIND!r}); publish it again")
-    document = json.loads(content)
-    version = document.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise CorruptData(f"the plan book has schema {version}, not {SCHEMA_VERSION}; upgrade or republish")
-    body = {name: value for name, value in document.items() if name != "sha256"}
-    try:
-        intact = document.get("sha256") == checksum(body)
-    except ValueError:
-        intact = False
-    if not intact:
-        raise CorruptData("the plan book's checksum is wrong: it was changed or damaged; publish it again")
-    return body
 
 
 def _read(body: Mapping[str, Any]) -> SharedPlanBook:

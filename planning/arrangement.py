@@ -68,7 +68,7 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Timing:
     """Seconds of a decode step and of a change by itself; to move one token's KV, and to compute it again."""
 
     step_s: float
@@ -91,36 +91,36 @@ class Arrangement:
     replay: frozenset[int]
 
 
-def arrange(requests: Sequence[Carried], pace: Pace, left_s: float, most_s: float = float("inf")) -> Arrangement:
+def arrange(requests: Sequence[Carried], timing: Timing, left_s: float, most_s: float = float("inf")) -> Arrangement:
     """Decode as long as everybody who has not finished by then can still be moved within `left_s`, at most `most_s`.
 
     If not even now all can be moved, the longest go first as far as the time allows, and the others are
     replayed; so are all if computing KV is quicker than moving it. Nothing is planned past `left_s` seconds.
     """
-    moving = pace.move_s < pace.replay_s
-    decode_s = min(most_s, max(_latest(requests, pace, left_s, pace.move_s if moving else 0.0), default=0.0))
-    finish = frozenset(one.key for one in requests if one.left_tokens * pace.step_s <= decode_s)
+    moving = timing.move_s < timing.replay_s
+    decode_s = min(most_s, max(_latest(requests, timing, left_s, timing.move_s if moving else 0.0), default=0.0))
+    finish = frozenset(one.key for one in requests if one.left_tokens * timing.step_s <= decode_s)
     staying = sorted((one for one in requests if one.key not in finish), key=lambda one: (-one.cached_tokens, one.key))
-    budget_s, move = left_s - pace.change_s - decode_s, set()
+    budget_s, move = left_s - timing.change_s - decode_s, set()
     for one in staying if moving else ():
-        cost_s = pace.move_s * (one.cached_tokens + decode_s / pace.step_s)
+        cost_s = timing.move_s * (one.cached_tokens + decode_s / timing.step_s)
         if cost_s <= budget_s + _ROUNDING_S:
             budget_s -= cost_s
             move.add(one.key)
     return Arrangement(decode_s, finish, frozenset(move), frozenset(one.key for one in staying if one.key not in move))
 
 
-def _latest(requests: Sequence[Carried], pace: Pace, left_s: float, move_s: float) -> Iterator[float]:
+def _latest(requests: Sequence[Carried], timing: Timing, left_s: float, move_s: float) -> Iterator[float]:
     """For every number of requests that finish, the last moment at which the others can still be moved, if any.
 
     Between two ends, what has to be moved grows by a token a step and request; at an end it shrinks.
     """
     order = sorted(requests, key=lambda one: one.left_tokens)
-    ends_s = [0.0, *(one.left_tokens * pace.step_s for one in order), float("inf")]
+    ends_s = [0.0, *(one.left_tokens * timing.step_s for one in order), float("inf")]
     tokens = sum(one.cached_tokens for one in order)
     for done in range(len(order) + 1):
         running = len(order) - done
-        moment = (left_s - pace.change_s - move_s * tokens) / (1 + running * move_s / pace.step_s)
+        moment = (left_s - timing.change_s - move_s * tokens) / (1 + running * move_s / timing.step_s)
         moment = min(moment, ends_s[done + 1])
         if moment >= ends_s[done]:
             yield moment

@@ -89,11 +89,10 @@ class Options:
 
     def engine(self, spec: ModelSpec, batch: int, tokens: int, **more: Any) -> EngineSettings:
         """KV memory for `batch` requests of `tokens` tokens on one device."""
-        token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes
         return EngineSettings(
             device=self.device,
             dtype=self.dtype,
-            kv_memory_bytes=batch * (tokens + 16) * token_bytes,
+            kv_memory_bytes=batch * (tokens + 16) * spec.kv_token_bytes,
             step_tokens=max(self.step_tokens, batch + 16),
             **more,
         )

@@ -177,8 +177,7 @@ def _drop_journal(home: Path) -> None:
 def copies_s(bench: Bench, requests: int, context: int) -> float:
     """How long to wait until the KV of long prompts is copied: what is measured is the state that lasts."""
     spec = bench.spec
-    token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes
-    return requests * context * token_bytes / _COPY_BYTES_PER_S
+    return requests * context * spec.kv_token_bytes / _COPY_BYTES_PER_S
 
 
 def config(layout: str, batch: int) -> ParallelConfig:

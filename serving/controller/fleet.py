@@ -17,7 +17,7 @@ from serving import messages as m
 from serving.controller.copies import Copies
 from serving.controller.dispatch import Dispatcher, Replica
 from serving.controller.events import EventLog, layout_event
-from serving.controller.grace import Grace, pace_of
+from serving.controller.grace import Grace, timing_of
 from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
 from serving.controller.membership import InstanceState, Membership
@@ -364,7 +364,7 @@ class Fleet:
         return Grace(
             lambda: self.membership.leaving_s(devices),
             lambda: any(self.dispatcher.unfinished(model) > target.batch(model) for model in models),
-            pace_of(
+            timing_of(
                 self._targets.promised_step_s(self.book),
                 [self._specs[model] for model in models],
                 self._settings.replication,

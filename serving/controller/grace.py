@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from data.models import ModelSpec
-from planning.arrangement import Carried, Pace, arrange
+from planning.arrangement import Carried, Timing, arrange
 from serving.controller.records import Record
 from serving.settings import Replication
 
@@ -25,12 +25,12 @@ class Grace:
         self,
         leaving_s: Callable[[], float],
         crowded: Callable[[], bool],
-        pace: Pace,
+        timing: Timing,
         *,
         margin_s: float,
     ) -> None:
         self._leaving_s, self._crowded = leaving_s, crowded
-        self._pace, self._margin_s = pace, margin_s
+        self._timing, self._margin_s = timing, margin_s
         self._urged = False
 
     def urge(self) -> None:
@@ -42,14 +42,14 @@ class Grace:
         left_s = self._leaving_s() - self._margin_s
         if self._urged or math.isinf(left_s) or not self._crowded():
             return False
-        return arrange(_carried(records), self._pace, left_s).decode_s > 0
+        return arrange(_carried(records), self._timing, left_s).decode_s > 0
 
     def stay_behind(self, records: Collection[Record]) -> frozenset[int]:
         """Keys of requests whose KV cannot be moved in time, or not sooner than it is computed again."""
         left_s = self._leaving_s()
-        if math.isinf(left_s) or left_s <= self._pace.change_s:  # then nothing is lost by trying
+        if math.isinf(left_s) or left_s <= self._timing.change_s:  # then nothing is lost by trying
             return frozenset()
-        return arrange(_carried(records), self._pace, left_s, most_s=0.0).replay
+        return arrange(_carried(records), self._timing, left_s, most_s=0.0).replay
 
 
 def _carried(records: Collection[Record]) -> list[Carried]:
@@ -59,12 +59,11 @@ def _carried(records: Collection[Record]) -> list[Carried]:
     ]
 
 
-def pace_of(promised_step_s: float, specs: Sequence[ModelSpec], replication: Replication) -> Pace:
+def timing_of(promised_step_s: float, specs: Sequence[ModelSpec], replication: Replication) -> Timing:
     """What a plan (0: nothing) and the links promise of models; without a promise steps are taken to be long."""
-    tokens_bytes = [2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes for spec in specs]
-    return Pace(
+    return Timing(
         step_s=min(promised_step_s or _LONGEST_STEP_S, _LONGEST_STEP_S),
         change_s=_CHANGE_S,
-        move_s=max(tokens_bytes, default=0) / replication.link_bytes_per_s,
+        move_s=max((spec.kv_token_bytes for spec in specs), default=0) / replication.link_bytes_per_s,
         replay_s=1 / replication.prefill_tokens_per_s,
     )

@@ -257,9 +257,7 @@ class Reconfiguration:
     def _worth_restoring(self, record: Record, tokens: int) -> bool:
         replication, spec = self.settings.replication, self.specs[record.model]
         rates = Rates(replication.link_bytes_per_s, replication.prefill_tokens_per_s)
-        return worth_restoring(
-            tokens * 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.dtype_bytes, tokens, rates
-        )
+        return worth_restoring(tokens * spec.kv_token_bytes, tokens, rates)
 
     def _watermark(self, record: Record, sources: Sequence[Source]) -> int:
         """How many tokens can be restored: never the last known one, whose logits are needed."""
