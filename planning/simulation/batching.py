@@ -11,6 +11,7 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from planning.load import Work
 from planning.step_laws import Mix
 
 
@@ -49,6 +50,11 @@ class Job:
     def known(self) -> int:
         """Prompt and output so far."""
         return self.prompt + self.output
+
+    @property
+    def work(self) -> Work:
+        """What is left to do, as dispatch counts it: the prompt has been prefilled once there is output."""
+        return Work(0 if self.output else self.prompt, self.most - self.output)
 
     @property
     def done(self) -> bool:

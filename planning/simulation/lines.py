@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from data.layout import Device, ParallelConfig
+from planning.load import IN_TOKENS
 from planning.simulation.batching import Batcher, BatchLimits, Job, Part, mix
 from planning.step_laws import StepLaw
 
@@ -51,6 +52,11 @@ class Line:
         """How many more requests it takes: a small backlog keeps its batch full."""
         most = self.config.max_batch + max(1, self.config.max_batch // 4)
         return most - len(self.batcher.jobs) if self.serving else 0
+
+    @property
+    def outstanding(self) -> float:
+        """Tokens left to compute, as dispatch counts them where nobody knows how quick replicas are."""
+        return sum(IN_TOKENS.device_s(job.work) for job in self.batcher.jobs)
 
     @property
     def drained(self) -> bool:

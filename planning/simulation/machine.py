@@ -38,7 +38,7 @@ class Agenda:
 
 @dataclass(slots=True)
 class Queue:
-    """Requests without a replica, and which replica gets them: the one with most room."""
+    """Requests without a replica, and which replica gets them: of those with room the one with the least work left."""
 
     jobs: deque[Job] = field(default_factory=deque)
 
@@ -51,9 +51,10 @@ class Queue:
     def hand_out(self, lines: Sequence[Line]) -> None:
         """Fill what room there is."""
         while self.jobs:
-            chosen = max(lines, key=lambda line: (line.room, -line.number), default=None)
-            if chosen is None or chosen.room <= 0:
+            having_room = [line for line in lines if line.room > 0]
+            if not having_room:
                 return
+            chosen = min(having_room, key=lambda line: (line.outstanding, -line.room, line.number))
             chosen.batcher.add(self.jobs.popleft())
 
 

@@ -61,9 +61,12 @@ def test_one_request_on_one_replica() -> None:
     assert served.first_s == pytest.approx([1.0 + OVERHEAD_S + BASE_S + 8 * TOKEN_S])
 
 
-def test_requests_go_to_the_replica_with_most_room() -> None:
-    book, work = _book({2: (2, 1, 1)}), _workload((0.0, 8, 10), (0.0, 8, 10))
-    assert simulate_fleet(book, PROFILE, work, [], NAMES[:2]).latency_s == pytest.approx([_alone_s(8, 10)] * 2)
+def test_requests_go_to_the_replica_with_the_least_work_left() -> None:
+    """Both have one request and room for one more; the third goes to the one whose request is shorter."""
+    book, work = _book({2: (2, 1, 1)}, max_batch=1), _workload((0.0, 8, 90), (0.0, 8, 10), (0.0, 8, 10))
+    served = simulate_fleet(book, PROFILE, work, [], NAMES[:2])
+    alone_s = _alone_s(8, 10) - OVERHEAD_S
+    assert served.latency_s == pytest.approx([_alone_s(8, 90), _alone_s(8, 10), _alone_s(8, 10) + alone_s])
 
 
 def test_one_place_serves_in_order_and_is_never_idle() -> None:
