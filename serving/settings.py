@@ -54,7 +54,7 @@ class Replication(msgspec.Struct, frozen=True, kw_only=True):
 
     enabled: bool = True
     lag_steps: int = 1
-    frame_bytes: int = 16 << 20  # most that is copied at once
+    frame_bytes: int = 4 << 20  # most that is copied at once: tokens of the next step wait behind it
     link_bytes_per_s: float = 10e9  # what decides whether KV is restored or computed again
     prefill_tokens_per_s: float = 20e3
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,9 @@ from serving.engine import host_memory
 from serving.engine.blocks import BlockAllocator, blocks_for
 from serving.engine.kernels import fused_on
 
-__all__ = ["BlockAllocator", "KvCache", "blocks_for", "slots"]
+_UPLOAD_BYTES = 32 << 20  # that is copied to a GPU while as much is packed
+
+__all__ = ["BlockAllocator", "KvCache", "blocks_for", "slots", "slots_of"]
 
 
 class KvCache:
@@ -24,8 +26,10 @@ class KvCache:
 
     Per layer `[blocks + 1, block_tokens, heads, head_dim]`. Starts as zeros: attention reads padding and
     multiplies it by zero, so every entry must be finite. Block `blocks` belongs to nobody: rows that only
-    pad a step are written there. A cache that is only moved from need not be `clean`, and takes host
-    memory only as it fills.
+    pad a step are written there.
+
+    A `log` is never computed from. It lies in host memory token by token, so that what comes in and goes out
+    in sequence is copied in large pieces, and takes memory only as it fills.
     """
 
     def __init__(
@@ -38,15 +42,17 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device | str,
         *,
-        clean: bool = True,
+        log: bool = False,
     ) -> None:
         self.layers, self.heads = layers, heads
         self.head_dim, self.blocks, self.block_tokens = head_dim, blocks, block_tokens
-        shape = (layers[1] - layers[0], 2, blocks + 1, block_tokens, heads[1] - heads[0], head_dim)
-        self._paged = (torch.zeros if clean else torch.empty)(shape, dtype=dtype, device=device)
-        self._flat = self._paged.view(shape[0], 2, (blocks + 1) * block_tokens, *shape[4:])
-        if not clean:
+        planes, slots, cell = (layers[1] - layers[0], 2), (blocks + 1) * block_tokens, (heads[1] - heads[0], head_dim)
+        if log:
+            self._flat = _planes_first(torch.empty((slots, *planes, *cell), dtype=dtype, device=device))
             host_memory.fill_by_large_pages(self._flat)
+        else:
+            self._flat = torch.zeros((*planes, slots, *cell), dtype=dtype, device=device)
+            self._paged = self._flat.view(*planes, blocks + 1, block_tokens, *cell)
         self._kernels: Any = None
         if fused_on(self._flat.device):
             self._kernels = import_module("serving.engine.rows")
@@ -54,12 +60,12 @@ class KvCache:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of keys and values."""
-        return self._paged.dtype
+        return self._flat.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the cache lives."""
-        return self._paged.device
+        return self._flat.device
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of an absolute layer, in place: `[blocks + 1, block_tokens, heads, head_dim]`."""
@@ -87,14 +93,43 @@ class KvCache:
             return gathered
         return self._gather_runs(box, slots, torch.empty(_packed(box, slots), dtype=self.dtype))
 
-    def upload(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], device: torch.device) -> Tensor:
-        """`gather` from host memory to a GPU: layer by layer, each packed while the one before is copied."""
+    def cells(self, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
+        """All cells of absolute ranges held here, in place: `[layers, 2, slots, heads, head_dim]`."""
+        return self._box(layers, heads)
+
+    def copy_rows(
+        self, source: Any, there: Tensor, here: Tensor, layers: tuple[int, int], heads: tuple[int, int]
+    ) -> None:
+        """Store slots `there` of `source`, cells like `cells(layers, heads)`, in the slots `here`; on this device."""
         box = self._box(layers, heads)
-        out = torch.empty(_packed(box, slots), dtype=self.dtype, device=device)
-        for part, target in zip(box.split(1), out.split(1), strict=True):
-            pinned = torch.empty(target.shape, dtype=self.dtype, pin_memory=True)
-            target.copy_(self._gather_runs(part, slots, pinned), non_blocking=True)
+        if self._kernels is not None:
+            self._kernels.copy_rows(source, there, box, here)
+        else:
+            box.index_copy_(2, here.long(), source.index_select(2, there.long()))
+
+    def pack(self, slots: Tensor) -> Tensor:
+        """A contiguous copy of cells token by token, `[slots, layers, 2, heads, head_dim]`: what logs are made of."""
+        if self._kernels is not None:
+            packed: Tensor = self._kernels.pack_rows(self._flat, slots)
+            return packed
+        out = torch.empty(_tokens_first(self._flat[:, :, : len(slots)]).shape, dtype=self.dtype)
+        self._gather_runs(self._flat, slots, _planes_first(out))
         return out
+
+    def unpack(self, slots: Tensor, data: Tensor) -> None:
+        """Store what `pack` returned, in host memory."""
+        self._scatter_runs(self._flat, slots, _planes_first(data))
+
+    def upload(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], device: torch.device) -> Tensor:
+        """`gather` from a log to a GPU: some tokens at a time, packed while those before are copied."""
+        box = self._box(layers, heads)
+        out = torch.empty(_tokens_first(box[:, :, : len(slots)]).shape, dtype=self.dtype, device=device)
+        most = max(1, _UPLOAD_BYTES * len(slots) // out.nbytes)
+        for some, target in zip(slots.split(most), out.split(most), strict=True):
+            pinned = torch.empty(target.shape, dtype=self.dtype, pin_memory=True)
+            self._gather_runs(box, some, _planes_first(pinned))
+            target.copy_(pinned, non_blocking=True)
+        return _planes_first(out).contiguous()
 
     def give_back(self) -> None:
         """Return the host memory of a cache to the system; what was here is void."""
@@ -112,6 +147,10 @@ class KvCache:
         if self._kernels is not None:
             self._kernels.scatter_rows(box, slots, data)
             return
+        self._scatter_runs(box, slots, data)
+
+    @staticmethod
+    def _scatter_runs(box: Tensor, slots: Tensor, data: Tensor) -> None:
         for at, start, count in _runs(slots):
             box[:, :, start : start + count].copy_(data[:, :, at : at + count])
 
@@ -128,6 +167,15 @@ class KvCache:
         return self._flat[
             layers[0] - first_layer : layers[1] - first_layer, :, :, heads[0] - first_head : heads[1] - first_head
         ]
+
+
+def _planes_first(tokens: Tensor) -> Tensor:
+    """`[layers, 2, tokens, …]` of `[tokens, layers, 2, …]`, in place."""
+    return tokens.permute(1, 2, 0, 3, 4)
+
+
+def _tokens_first(box: Tensor) -> Tensor:
+    return box.permute(2, 0, 1, 3, 4)
 
 
 def _packed(box: Tensor, slots: Tensor) -> tuple[int, ...]:
@@ -153,6 +201,17 @@ def slots(blocks: Sequence[int], start: int, stop: int, block_tokens: int) -> np
     table = np.asarray(blocks, dtype=np.int64)
     found: npt.NDArray[np.int64] = table[positions // block_tokens] * block_tokens + positions % block_tokens
     return found
+
+
+def slots_of(tables: Iterable[tuple[Sequence[int], int, int]], block_tokens: int) -> Tensor:
+    """The slots of some sequences, one after the other, of (block table, start, stop). Mostly one token of each."""
+    spans = list(tables)
+    if all(start + 1 == stop for _, start, stop in spans):
+        return torch.tensor(
+            [blocks[start // block_tokens] * block_tokens + start % block_tokens for blocks, start, _ in spans],
+            dtype=torch.int64,
+        )
+    return torch.from_numpy(np.concatenate([slots(*span, block_tokens) for span in spans]))
 
 
 def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from serving.engine.batch import StepPlan
 
+_LONG_TOKENS = 256  # computed at once: to wait until these are copied would hold everybody up
 
-@dataclass(frozen=True, slots=True)
-class Cached:
+
+class Cached(NamedTuple):
     """The first `tokens` tokens of a sequence are in `blocks`; `life` is another one after the KV was given up."""
 
     tokens: int
@@ -26,6 +26,14 @@ class Kept(NamedTuple):
     tokens: int
 
 
+class Look(NamedTuple):
+    """Sequences as somebody saw them after so many `changes`; to be read once the device has passed `mark`."""
+
+    cached: dict[int, Cached]
+    mark: object
+    changes: int
+
+
 class KvIndex:
     """Kept by the step loop, read by whoever copies. Safe to use from any thread.
 
@@ -33,13 +41,21 @@ class KvIndex:
     that any of them counts.
 
     The index also knows which sequences are *behind*: those whose KV was here before its copy began, until
-    the copy is complete for the first time. Nothing waits for these.
+    the copy is complete for the first time. Nothing waits for these, nor for who has just got a long prompt: it
+    catches up meanwhile.
+
+    What was computed before the last step is *settled*: nobody who copies it has to wait for the device.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[int, Cached] = {}
         self._behind: set[int] = set()
+        self._catching_up: set[int] = set()
+        self._fresh: dict[int, int] = {}  # of the last step: how many tokens there were before it
+        self._settled_mark: object = None
+        self._changes = 0
+        self._hurry = False
         self._lives = self._restarts = 0
         self.mark: object = None
         self._changed = threading.Condition(self._lock)
@@ -48,13 +64,18 @@ class KvIndex:
         """Before a step is computed: its blocks belong to its sequences from now on."""
         with self._lock:
             for key in plan.ended:
-                self._entries.pop(key, None)
-                self._behind.discard(key)
+                self._forget(key)
             for one in plan.sequences:
                 if one.start == 0:  # whatever was here of it is void
-                    self._entries.pop(one.key, None)
-                    self._behind.discard(one.key)
+                    self._forget(one.key)
+                if len(one.tokens) > _LONG_TOKENS:
+                    self._catching_up.add(one.key)
                 self._set(one.key, one.start, one.blocks)
+
+    def _forget(self, key: int) -> None:
+        self._entries.pop(key, None)
+        self._behind.discard(key)
+        self._catching_up.discard(key)
 
     def finish(self, plan: StepPlan, mark: object = None) -> None:
         """After it: its tokens count.
@@ -62,11 +83,16 @@ class KvIndex:
         `mark` is what a reader has to wait for before the KV of this step is in memory (a CUDA event).
         """
         with self._changed:
-            self.mark = mark
+            self._settled_mark, self.mark = self.mark, mark
+            self._fresh = {one.key: one.start for one in plan.sequences}
             for one in plan.sequences:
                 if one.key in self._entries:
                     self._set(one.key, one.start + len(one.tokens), one.blocks)
-            self._changed.notify_all()
+            self._change()
+
+    def _change(self) -> None:
+        self._changes += 1
+        self._changed.notify_all()
 
     def adopt(self, key: int, tokens: int, blocks: Sequence[int]) -> None:
         """A sequence whose KV was moved in, all at once."""
@@ -75,7 +101,7 @@ class KvIndex:
             self._set(key, tokens, blocks)
             self._behind.add(key)
             self._restarts += 1
-            self._changed.notify_all()
+            self._change()
 
     # -- how far the copy is --------------------------------------------------------------------------
 
@@ -88,15 +114,20 @@ class KvIndex:
     def follow(self, kept: Mapping[int, Kept]) -> None:
         """What has been copied of sequences; who has it all is not behind any more."""
         with self._lock:
-            for key in self._behind & kept.keys():
-                if self._tokens(key, kept) >= self._entries[key].tokens - 1:
+            for key in (self._behind | self._catching_up) & kept.keys():
+                if self._tokens(key, kept) >= self._entries[key].tokens - 2:
                     self._behind.discard(key)
+                    self._catching_up.discard(key)
 
     def late(self, wanted: Mapping[int, int], kept: Mapping[int, Kept]) -> list[int]:
         """Sequences of whose copy fewer tokens than `wanted` are there, but for those that are behind anyway."""
         with self._lock:
-            own = wanted.keys() & self._entries.keys() - self._behind
-            return [key for key in own if self._tokens(key, kept) < wanted[key]]
+            entries, spared = self._entries, self._behind | self._catching_up
+            return [
+                key
+                for key, tokens in wanted.items()
+                if key in entries and key not in spared and self._tokens(key, kept) < tokens
+            ]
 
     @property
     def copying(self) -> tuple[int, bool]:
@@ -112,20 +143,44 @@ class KvIndex:
         known = self._entries.get(key)
         if known is None:
             self._lives += 1
-        self._entries[key] = Cached(tokens, tuple(blocks), self._lives if known is None else known.life)
+            self._entries[key] = Cached(tokens, tuple(blocks), self._lives)
+        else:  # within a life blocks are only added
+            same = len(known.blocks) == len(blocks)
+            self._entries[key] = Cached(tokens, known.blocks if same else tuple(blocks), known.life)
 
     def snapshot(self) -> dict[int, Cached]:
         """All sequences."""
         with self._lock:
             return dict(self._entries)
 
-    def unchanged(self, key: int, since: Cached) -> bool:
-        """Whether what `since` said is still there."""
-        with self._lock:
-            now = self._entries.get(key)
-            return now is not None and now.life == since.life
+    # -- for whoever copies ---------------------------------------------------------------------------
 
-    def wait(self, timeout_s: float) -> None:
-        """Until something was computed, for `timeout_s` at most."""
+    def look(self, *, all_of_it: bool) -> Look:
+        """What there is to copy: what is settled, or everything."""
+        with self._lock:
+            everything = all_of_it or self._hurry
+            self._hurry = False
+            entries = dict(self._entries)
+            if everything:
+                return Look(entries, self.mark, self._changes)
+            for key, tokens in self._fresh.items():
+                if key in entries:
+                    entries[key] = entries[key]._replace(tokens=tokens)
+            return Look(entries, self._settled_mark, self._changes)
+
+    def unchanged(self, since: Iterable[tuple[int, Cached]]) -> bool:
+        """Whether all that was seen of sequences is still there."""
+        with self._lock:
+            entries = self._entries
+            return all(key in entries and entries[key].life == one.life for key, one in since)
+
+    def nudge(self, *, hurry: bool = False) -> None:
+        """Whoever copies should look again; in a `hurry` at everything, because somebody waits for it."""
         with self._changed:
-            self._changed.wait(timeout_s)
+            self._hurry |= hurry
+            self._change()
+
+    def wait(self, since: int, timeout_s: float) -> bool:
+        """Until there is more than when `changes` were `since`, for `timeout_s` at most; whether there is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._changes != since, timeout_s)

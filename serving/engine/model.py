@@ -20,7 +20,7 @@ from serving.engine.models import Decoder, make_decoder
 from serving.engine.native import FusedNumerics, NativeNumerics
 from serving.engine.numerics import Numerics
 from serving.engine.place import Communicator, Place, Rehearsed
-from serving.engine.sampler import sample
+from serving.engine.sampler import sample, warm_up
 from serving.engine.step import StepTensors
 
 
@@ -59,8 +59,9 @@ class ShardModel:
         return sum(len(sequence.tokens) for sequence in plan.sequences)
 
     @torch.inference_mode()
-    def warm(self, sizes: Sequence[int]) -> dict[int, float]:
+    def warm(self, sizes: Sequence[int], *, rest_s: float = 0.0) -> dict[int, float]:
         """Record decode steps of these batch sizes, so that from now on they are replayed; milliseconds each took.
+        Also draws a token: what is loaded for that would hold the first step up. `rest_s` as for `Rehearsed`.
 
         Collective over the shards, in any thread, before the first `forward` or between two; touches nobody's
         KV, and runs no kernel that waits for another shard: an older layout may be at work. Does nothing where
@@ -70,7 +71,10 @@ class ShardModel:
             return {}
         if self._graphs is None:
             self._graphs = self._recordings()
-        return self._graphs.capture(sizes)
+        if self.place.last and not self.place.shard:
+            warm_up(self._cache.device, self.spec.vocab)
+        with self._comm.resting(rest_s):
+            return self._graphs.capture(sizes)
 
     def _recordings(self, record: Record | None = None) -> DecodeGraphs:
         return DecodeGraphs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Rehearsed:
     def __init__(self, comm: Communicator) -> None:
         self._comm, self.rank, self.size = comm, comm.rank, comm.size
         self._silent = False
+        self._rest_s = 0.0
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
@@ -96,8 +98,19 @@ class Rehearsed:
         finally:
             self._silent = False
 
+    @contextmanager
+    def resting(self, rest_s: float) -> Iterator[None]:
+        """At every exchange of the block its thread rests: another one of the process has tokens to deliver."""
+        self._rest_s = rest_s
+        try:
+            yield
+        finally:
+            self._rest_s = 0.0
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """See `Communicator`."""
+        if self._rest_s:
+            time.sleep(self._rest_s)
         return tensor if self._silent else self._comm.all_reduce(tensor)
 
     def gather(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor | None:

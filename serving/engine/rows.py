@@ -1,15 +1,64 @@
-"""Packs and unpacks rows of a cache: one Triton kernel for all layers, near the speed of the memory.
+"""Moves rows of caches and parts of matrices: one Triton kernel for all layers, near the speed of memory or link.
 
-The framework's indexed copies along an inner dimension are slower by an order of magnitude. Import only
-where Triton is: on CUDA, or on a CPU under its interpreter (`TRITON_INTERPRET=1`).
+The framework's indexed copies along an inner dimension are slower by an order of magnitude. A source may be
+memory of another GPU. Import only where Triton is: on CUDA, or on a CPU under its interpreter
+(`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_ROWS, _COLUMNS = 8, 2048  # that a program copies, of rows of caches and of columns of matrices
+
+
+class Memory(Protocol):
+    """A tensor, or what is known of one in another process."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its extents."""
+
+    def data_ptr(self) -> int:
+        """Where it begins."""
+
+    def stride(self, dim: int) -> int:
+        """In elements."""
+
+
+def copy_rows(source: Memory, there: Tensor, box: Tensor, here: Tensor) -> None:
+    """`box[:, :, here] = source[:, :, there]` for `[layers, 2, slots, heads, head_dim]`; heads lie side by side."""
+    layers, kinds, _, heads, head_dim = box.shape
+    if not len(here):
+        return
+    width = heads * head_dim
+    _copy_rows[(triton.cdiv(len(here), _ROWS), layers * kinds)](
+        source,
+        box,
+        there,
+        here,
+        len(here),
+        *(source.stride(dim) for dim in range(3)),
+        *(box.stride(dim) for dim in range(3)),
+        KINDS=kinds,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        ROWS=_ROWS,
+        num_warps=4,
+    )
+
+
+def copy_matrix(source: Memory, target: Tensor) -> None:
+    """`target[:] = source` for one or two dimensions, the last of which lies side by side in both."""
+    rows, columns = target.shape if target.dim() == 2 else (1, target.shape[0])
+    steps = (source.stride(0), target.stride(0)) if target.dim() == 2 else (columns, columns)
+    grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
+    _copy_matrix[grid](source, target, rows, columns, *steps, ROWS=_ROWS, BLOCK=_COLUMNS, num_warps=8)
 
 
 def gather_rows(box: Tensor, slots: Tensor) -> Tensor:
@@ -20,12 +69,20 @@ def gather_rows(box: Tensor, slots: Tensor) -> Tensor:
     return out
 
 
+def pack_rows(box: Tensor, slots: Tensor) -> Tensor:
+    """The same token by token: `[slots, layers, 2, heads, head_dim]`."""
+    layers, kinds, _, heads, head_dim = box.shape
+    out = torch.empty((len(slots), layers, kinds, heads, head_dim), dtype=box.dtype, device=box.device)
+    _move(box, out, slots, gather=True, token_major=True)
+    return out
+
+
 def scatter_rows(box: Tensor, slots: Tensor, data: Tensor) -> None:
     """`box[:, :, slots] = data` for what `gather_rows` returned."""
     _move(box, data.contiguous(), slots, gather=False)
 
 
-def _move(box: Tensor, packed: Tensor, slots: Tensor, *, gather: bool) -> None:
+def _move(box: Tensor, packed: Tensor, slots: Tensor, *, gather: bool, token_major: bool = False) -> None:
     layers, kinds, _, heads, head_dim = box.shape
     if not len(slots):
         return
@@ -42,6 +99,7 @@ def _move(box: Tensor, packed: Tensor, slots: Tensor, *, gather: bool) -> None:
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         GATHER=gather,
+        TOKEN_MAJOR=token_major,
         num_warps=2,
     )
 
@@ -59,6 +117,7 @@ def _move_rows(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GATHER: tl.constexpr,
+    TOKEN_MAJOR: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     plane = tl.program_id(1).to(tl.int64)
@@ -66,8 +125,60 @@ def _move_rows(
     inside = at < WIDTH
     slot = tl.load(slots + row).to(tl.int64)
     held = box + (plane // KINDS) * layer_stride + (plane % KINDS) * kind_stride + slot * row_stride + at
-    moved = packed + (plane * count + row) * WIDTH + at
+    if TOKEN_MAJOR:
+        moved = packed + (row * tl.num_programs(1) + plane) * WIDTH + at
+    else:
+        moved = packed + (plane * count + row) * WIDTH + at
     if GATHER:
         tl.store(moved, tl.load(held, mask=inside), mask=inside)
     else:
         tl.store(held, tl.load(moved, mask=inside), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _copy_rows(
+    source: tl.tensor,
+    target: tl.tensor,
+    there: tl.tensor,
+    here: tl.tensor,
+    count: tl.tensor,
+    source_layer: tl.tensor,
+    source_kind: tl.tensor,
+    source_row: tl.tensor,
+    target_layer: tl.tensor,
+    target_kind: tl.tensor,
+    target_row: tl.tensor,
+    KINDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    plane = tl.program_id(1).to(tl.int64)
+    is_row = row < count
+    slot = tl.load(there + row, mask=is_row, other=0).to(tl.int64)
+    place = tl.load(here + row, mask=is_row, other=0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = is_row[:, None] & (at < WIDTH)[None, :]
+    begin = source + (plane // KINDS) * source_layer + (plane % KINDS) * source_kind
+    into = target + (plane // KINDS) * target_layer + (plane % KINDS) * target_kind
+    moved = tl.load(begin + slot[:, None] * source_row + at[None, :], mask=inside)
+    tl.store(into + place[:, None] * target_row + at[None, :], moved, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _copy_matrix(
+    source: tl.tensor,
+    target: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    source_row: tl.tensor,
+    target_row: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (at < columns)[None, :]
+    moved = tl.load(source + row[:, None] * source_row + at[None, :], mask=inside)
+    tl.store(target + row[:, None] * target_row + at[None, :], moved, mask=inside)

@@ -52,6 +52,11 @@ def _wishes(sampling: Sampling) -> bool:
     return sampling.temperature > 0 or sampling.logprobs > 0
 
 
+def warm_up(device: torch.device, vocab: int) -> None:
+    """Load the kernels that choices without `exact` take on a device."""
+    _choices(torch.nan_to_num(torch.zeros((1, vocab), device=device), nan=-math.inf).clamp_(-1e30, 1e30))
+
+
 def _exact_choices(scores: Tensor) -> Tensor:
     """float64 `[n, 3]`: greedy token, its score, logarithm of the exact sum of exponentials."""
     best = scores.amax(-1, keepdim=True)

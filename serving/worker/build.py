@@ -22,6 +22,7 @@ from serving.engine.model import ShardModel
 from serving.engine.place import Place
 from serving.messages import Hosted, Role
 from serving.settings import EngineSettings
+from serving.worker.communicators import Communicators
 from serving.worker.groups import Group, Hop, Waiting
 from serving.worker.movement import HeldTensor
 from serving.worker.position import ModelPart, Position
@@ -64,6 +65,8 @@ class Build:
     host: str
     timeout_s: float
     engine: EngineSettings
+    communicators: Communicators
+    rest_s: float = 0.0  # between parts of long work, where something is served meanwhile
 
     def group(
         self,
@@ -90,6 +93,8 @@ class Build:
             ranks=ranks,
             windows=windows,
             of_bytes=of_bytes,
+            members=members,
+            communicators=self.communicators,
         )
 
 
@@ -150,7 +155,7 @@ def _model_part(build: Build, role: Role, hosted: Hosted, tensors: Mapping[str, 
         cache=cache,
         timeout_s=build.timeout_s,
     )
-    model.warm(graph_sizes(hosted.max_batch))
+    model.warm(graph_sizes(hosted.max_batch), rest_s=build.rest_s)
     return ModelPart(hosted, model, cache)
 
 

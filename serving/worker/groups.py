@@ -9,8 +9,6 @@ makes every peer that waits on it fail in turn.
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,8 @@ from torch.nn import functional
 
 from serving.errors import PerennialError
 from serving.worker.checksum import as_bytes, checksum
+from serving.worker.communicators import Communicator, Communicators
+from serving.worker.peer_memory import PeerMemory, Seen, Sight
 from serving.worker.window import Lane, Windows
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,8 @@ class Group:
     Construction is collective: it returns once all ranks have met in `store` under `prefix`. NCCL takes one
     rank per GPU; where ranks share one, the tensors of the group go through host memory instead. A group
     that works beside others' steps has `windows` instead of NCCL, and one `of_bytes` needs neither.
-    `waiting` is kept up to date, in `ranks`: what the members are called there.
+    `waiting` is kept up to date, in `ranks`: what the members are called there. `members` name the devices, for
+    which `communicators` may have one that an earlier group is done with.
     """
 
     def __init__(
@@ -142,11 +143,16 @@ class Group:
         ranks: Sequence[int] | None = None,
         windows: Windows | None = None,
         of_bytes: bool = False,
+        members: Sequence[str] = (),
+        communicators: Communicators | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.waiting, self._ranks = waiting or Waiting(), tuple(ranks or range(size))
         self._nccl: Any = None  # torch's CPU builds have no type for it
+        self._communicator: Communicator | None = None
+        self._communicators = communicators or Communicators()
         self._lanes: dict[int, Lane] = {}
+        self._memory: PeerMemory | None = None
         self.direct = False
         """Whether every rank reads every other's GPU memory."""
         self._aborted = False
@@ -156,6 +162,7 @@ class Group:
             self._gloo = _gloo(dist.PrefixStore(f"{prefix}/gloo", store), rank, size, host, timeout_s)
             if windows is not None:
                 self._lanes = windows.meet(dist.PrefixStore(f"{prefix}/windows", store), self._gloo, rank, size)
+                self._memory = windows.memory() if self._lanes else None
                 complete = len(self._lanes) == size - 1
                 self.direct = _agreed(dist.PrefixStore(f"{prefix}/direct", store), rank, size, complete)
             elif (
@@ -163,7 +170,10 @@ class Group:
                 and device.type == "cuda"
                 and _on_distinct_gpus(dist.PrefixStore(f"{prefix}/gpu", store), rank, size, device)
             ):
-                self._nccl = _nccl(dist.PrefixStore(f"{prefix}/nccl", store), rank, size, device, timeout_s)
+                self._communicator = self._communicators.take(
+                    dist.PrefixStore(f"{prefix}/nccl", store), prefix, members, rank, device=device, timeout_s=timeout_s
+                )
+                self._nccl = self._communicator.backend
         except RuntimeError as error:
             raise GroupBroken(f"group {prefix} did not form: {str(error).splitlines()[0][:200]}") from error
 
@@ -328,19 +338,37 @@ class Group:
         if self._aborted:
             raise GroupBroken("the group was aborted")
 
-    def abort(self) -> None:
-        """From any thread: make running operations fail. gloo's fail when the peers drop the group.
+    def reads(self, peer: int) -> bool:
+        """Whether this rank and `peer` read each other's GPU memory."""
+        return peer in self._lanes
 
-        Returns at once: NCCL's abort may itself wait, for ever if a peer is gone at the wrong moment.
-        """
+    def show(self, tensor: Tensor) -> Sight:
+        """A tensor of this rank's GPU, for ranks that read its memory."""
+        assert self._memory is not None, "only who has lanes is read"
+        with _broken_groups():
+            return self._memory.show(tensor)
+
+    def see(self, sight: Sight, dtype: torch.dtype) -> Seen:
+        """What such a rank shows; for as long as the group lives, and its owner leaves it there."""
+        assert self._memory is not None, "only who has lanes reads"
+        with _broken_groups():
+            return self._memory.see(sight, dtype)
+
+    def give_up(self) -> None:
+        """From any thread: what operations that run bring is not data any more. They may run on."""
         self._aborted = True
-        if self._nccl is not None:
-            threading.Thread(target=self._abort_nccl, name="abort", daemon=True).start()
 
-    def _abort_nccl(self) -> None:
-        began = time.monotonic()
-        self._nccl.abort()
-        logger.info("NCCL's abort returned after %.2f s", time.monotonic() - began)
+    def abort(self) -> None:
+        """From any thread: make running operations fail. gloo's fail when the peers drop the group."""
+        self._aborted = True
+        if self._communicator is not None:
+            self._communicator.abort()
+
+    def close(self) -> None:
+        """Nothing runs here any more, on no rank: what is costly to make again waits for another group."""
+        if self._communicator is not None and not self._aborted:
+            self._communicators.give_back(self._communicator)
+        self._communicator = None
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -365,12 +393,3 @@ def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) 
     # Naming the address keeps gloo off every other interface.
     options._devices = [backend.create_device(hostname=host)]
     return backend(store, rank, size, options)
-
-
-def _nccl(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
-    backend: Any = dist.ProcessGroupNCCL
-    options = backend.Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    group = backend(store, rank, size, options)
-    group.eager_connect_single_device(device)
-    return group

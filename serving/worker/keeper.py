@@ -9,12 +9,10 @@ import socket
 import threading
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from serving.engine.blocks import BlockAllocator, blocks_for
-from serving.engine.kv_cache import KvCache
+from serving.engine.kv_cache import KvCache, slots_of
 from serving.errors import TransportError
 from serving.messages import Holding
 from serving.worker import kv_wire as wire
@@ -41,7 +39,7 @@ class KvLog:
             greeting.block_tokens,
             wire.dtype_of(greeting.dtype),
             "cpu",
-            clean=False,
+            log=True,
         )
         self._allocator = BlockAllocator(greeting.blocks)
         self._tables: dict[int, list[int]] = {}
@@ -63,17 +61,18 @@ class KvLog:
                 raise TransportError("the copy is of no use any more")
             for key in frame.ended:
                 self._forget(key)
-            found = [self._slots(*span) for span in frame.spans]
-            if found:
-                data = body.view(self.cache.dtype).view(self._shape(sum(len(part) for part in found)))
-                self.cache.scatter(torch.from_numpy(np.concatenate(found)), self.layers, self.heads, data)
+            tables = [(self._table(*span), *span[1:]) for span in frame.spans]
+            if tables:
+                slots = slots_of(tables, self.cache.block_tokens)
+                self.cache.unpack(slots, body.view(self.cache.dtype).view(self._shape(len(slots))))
             self._tokens |= {key: stop for key, _, stop in frame.spans}
 
     def _shape(self, tokens: int) -> tuple[int, ...]:
         layers, heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
-        return layers, 2, tokens, heads, self.cache.head_dim
+        return tokens, layers, 2, heads, self.cache.head_dim
 
-    def _slots(self, key: int, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _table(self, key: int, start: int, stop: int) -> list[int]:
+        """The block table of a sequence, with room until `stop`."""
         if start == 0:
             self._forget(key)
         if not 0 <= start <= self._tokens.get(key, 0) or start >= stop:
@@ -84,7 +83,7 @@ class KvLog:
             if not self._allocator.can_allocate(missing):
                 raise TransportError("the log is full")
             table += self._allocator.allocate(missing)
-        return self.cache.slots(table, start, stop)
+        return table
 
     def _forget(self, key: int) -> None:
         self._tokens.pop(key, None)

@@ -1,20 +1,26 @@
-"""Exchanges KV with peers: cut into chunks, each packed by one gather and one message."""
+"""Exchanges KV with peers: read in place where the peer's GPU memory can be read, else packed into messages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from serving.engine.kv_cache import KvCache
 from serving.messages import KvPieces, KvSpan
+from serving.worker import reading
 from serving.worker.groups import Group
+from serving.worker.peer_memory import Sight
 from serving.worker.rounds import Rounds, Traffic
 
 _SLOT_LISTS = 8  # that are worth keeping
+_COPY_BYTES = 128 << 20  # of one copy: what a step that begins meanwhile may have to wait for
 
 Caches = Callable[[KvPieces], KvCache]
 """The cache that pieces are read from or written to on this worker."""
@@ -41,6 +47,17 @@ class Chunk:
         return self.layers[1] - self.layers[0], 2, self.tokens, high - low, self.head_dim
 
 
+class Shown(msgspec.Struct, frozen=True, array_like=True):
+    """Where the cells of pieces are, and which are whose; no cells if they are in host memory, and have to be sent."""
+
+    cells: Sight | None
+    spans: list[KvSpan]
+
+
+ByPeer = Mapping[int, Sequence[KvPieces]]
+"""Pieces by the rank of the peer that they come from or go to."""
+
+
 @dataclass(slots=True)
 class KvMover:
     """Moves KV of one epoch."""
@@ -54,11 +71,25 @@ class KvMover:
     _slots: dict[tuple[int, int], tuple[Chunk, Tensor]] = field(default_factory=dict)
 
     def run(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces], *, share: float = 1.0) -> Traffic:
-        """Exchange everything; `share` as for `Rounds`. Raises `GroupBroken` if a peer is lost."""
+        """Exchange everything; `share` as for `Rounds`. The seconds begin when it is known what is where.
+
+        Raises `GroupBroken` if a peer is lost.
+        """
         own = self.world[self.group.rank]
         self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
-        out, into = self._queues(sends, own, self.read), self._queues(receives, own, self.write)
-        return Rounds(self.group, self, share).run(out, into)
+        outgoing, incoming = self._by_peer(sends, own), self._by_peer(receives, own)
+        shows = {peer: [self._show(one) for one in some] for peer, some in outgoing.items() if self.group.reads(peer)}
+        sources = [peer for peer in incoming if self.group.reads(peer)]
+        shown = reading.swap(self.group, shows, sources, Shown)
+        began = time.monotonic()
+        read_out, send = _apart(outgoing, shows)
+        read_in, receive = _apart(incoming, shown)
+        reading.pace(self.group, (copy for one in read_in for copy in self._copies(*one)))
+        traffic = Rounds(self.group, self, share).run(self._queues(send, self.read), self._queues(receive, self.write))
+        reading.finish(self.group, sources, shows)
+        sent = traffic.sent_bytes + sum(_bytes(one, self.read(one)) for one, _ in read_out)
+        received = traffic.received_bytes + sum(_bytes(one, self.write(one)) for one, _ in read_in)
+        return Traffic(sent, received, time.monotonic() - began)
 
     def _stay(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces]) -> None:
         """What this worker needs and has never touches the group."""
@@ -67,12 +98,39 @@ class KvMover:
             for ours, theirs in pairs:
                 self.store(theirs, self.load(ours))
 
-    def _queues(self, pieces: Sequence[KvPieces], own: str, caches: Caches) -> dict[int, Iterator[Chunk]]:
-        by_peer: dict[str, list[KvPieces]] = {}
+    def _by_peer(self, pieces: Sequence[KvPieces], own: str) -> dict[int, list[KvPieces]]:
+        by_peer: dict[int, list[KvPieces]] = {}
         for one in pieces:
             if one.peer != own:
-                by_peer.setdefault(one.peer, []).append(one)
-        return {self.world.index(peer): self._queue(some, caches) for peer, some in by_peer.items()}
+                by_peer.setdefault(self.world.index(one.peer), []).append(one)
+        return by_peer
+
+    # -- read in place -------------------------------------------------------------------------------
+
+    def _show(self, pieces: KvPieces) -> Shown:
+        cache = self.read(pieces)
+        if cache.device.type != self.group.device.type:
+            return Shown(None, [])
+        return Shown(self.group.show(cache.cells(pieces.layers, pieces.heads)), pieces.spans)
+
+    def _copies(self, pieces: KvPieces, shown: Shown) -> Iterator[Callable[[], None]]:
+        """Copies of some layers each, out of the cells that a peer shows."""
+        assert shown.cells is not None
+        cache, seen = self.write(pieces), self.group.see(shown.cells, self.dtype)
+        tables = {span.key: span.blocks for span in shown.spans}
+        spans = [KvSpan(one.key, one.start, one.stop, tables[one.key]) for one in pieces.spans]
+        theirs = msgspec.structs.replace(pieces, spans=spans)
+        cuts = (chunks(one, _COPY_BYTES // self.dtype.itemsize, cache.head_dim) for one in (theirs, pieces))
+        for source, target in zip(*cuts, strict=True):
+            low, high = target.layers
+            part = seen.narrow(0, low - pieces.layers[0], high - low)
+            there, here = self._slots_of(source, cache), self._slots_of(target, cache)
+            yield partial(cache.copy_rows, part, there, here, target.layers, pieces.heads)
+
+    # -- in messages ---------------------------------------------------------------------------------
+
+    def _queues(self, by_peer: ByPeer, caches: Caches) -> dict[int, Iterator[Chunk]]:
+        return {peer: self._queue(some, caches) for peer, some in by_peer.items()}
 
     def _queue(self, pieces: Sequence[KvPieces], caches: Caches) -> Iterator[Chunk]:
         for one in pieces:
@@ -109,6 +167,27 @@ class KvMover:
             slots = torch.from_numpy(np.concatenate(found)).to(cache.device)
             self._slots[key] = chunk, slots  # the chunk keeps its spans, and so their identity, alive
         return self._slots[key][1]
+
+
+def _apart(
+    by_peer: ByPeer, shown: Mapping[int, Sequence[Shown]]
+) -> tuple[list[tuple[KvPieces, Shown]], dict[int, list[KvPieces]]]:
+    """Pieces that are read in place with where they are, and those that are sent, by peer."""
+    read, sent = [], {}
+    for peer, some in by_peer.items():
+        if peer not in shown:
+            sent[peer] = list(some)
+            continue
+        both = list(zip(some, shown[peer], strict=True))
+        read += [(pieces, there) for pieces, there in both if there.cells is not None]
+        sent[peer] = [pieces for pieces, there in both if there.cells is None]
+    return read, sent
+
+
+def _bytes(pieces: KvPieces, cache: KvCache) -> int:
+    cells = (pieces.layers[1] - pieces.layers[0]) * (pieces.heads[1] - pieces.heads[0])
+    tokens = sum(span.stop - span.start for span in pieces.spans)
+    return 2 * cells * tokens * cache.head_dim * cache.dtype.itemsize
 
 
 def chunks(pieces: KvPieces, limit: int, head_dim: int) -> Iterator[Chunk]:

@@ -1,7 +1,9 @@
 """Sends the KV of one rank, as it grows, to the worker that keeps a copy.
 
 The cache itself is the buffer: KV is a log per sequence, so whatever was computed and not sent yet can
-be read at any time later. Short tails go first, so a long prompt does not hold tokens up.
+be read at any time later. What decoding adds goes first, and of the rest only one frame is under way: steps
+wait for tokens, and those must not wait for a prompt. What is sent was computed before the step that the
+device is at, so the work falls into the time in which the step loop waits for the device.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from serving.engine.batch import StepPlan
-from serving.engine.kv_cache import KvCache
+from serving.engine.kv_cache import KvCache, slots_of
 from serving.engine.kv_index import Cached, Kept, KvIndex
 from serving.errors import TransportError
 from serving.worker import kv_wire as wire
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 _CONNECT_S = 2.0
 _QUIET_S = 0.05  # how long to wait for something new before looking whether to stop
 _AGAIN_S = 0.5  # between two attempts to connect
-_WINDOW = 4  # frames that may be unanswered
+_WINDOW = 8  # frames that may be unanswered
+_SHORT_TOKENS = 8  # of a sequence: more is a prompt, or what was here before the copy
 _PATIENCE_S = 0.5  # how long a step, or a frame, waits for answers; a keeper that is slower holds nobody up
 
 
@@ -45,7 +47,7 @@ class Span:
 
 
 def next_spans(cached: dict[int, Cached], sent: dict[int, Cached], most_tokens: int) -> list[Span]:
-    """What to send next, of `cached` and not yet `sent` tokens: short tails first, `most_tokens` in all."""
+    """What to send next, of `cached` and not yet `sent` tokens, `most_tokens` in all: short tails if there are any."""
     tails = [
         Span(key, start, one.tokens, one)
         for key, one in cached.items()
@@ -53,7 +55,8 @@ def next_spans(cached: dict[int, Cached], sent: dict[int, Cached], most_tokens: 
     ]
     spans: list[Span] = []
     room = most_tokens
-    for span in sorted(tails, key=lambda span: (span.stop - span.start, span.key)):
+    short = [span for span in tails if span.stop - span.start <= _SHORT_TOKENS]
+    for span in short or sorted(tails, key=lambda span: (span.stop - span.start, span.key)):
         stop = min(span.stop, span.start + room)
         if stop > span.start:
             spans.append(Span(span.key, span.start, stop, span.cached))
@@ -90,6 +93,7 @@ class KvStream(threading.Thread):
         self._sent: dict[int, Cached] = {}
         self._unanswered: dict[int, tuple[list[Span], list[int]]] = {}  # spans and ended sequences by frame
         self._kept: dict[int, Kept] = {}
+        self._long = 0  # the frame under way that is not of short tails; 0: none is
         self._answered = threading.Condition()
         self._connection: socket.socket | None = None
         self._stopped = False
@@ -112,6 +116,7 @@ class KvStream(threading.Thread):
         until = time.monotonic() + _PATIENCE_S
         with self._answered:
             while self._connection is not None and (late := self._index.late(wanted, self._kept)):
+                self._index.nudge(hurry=True)
                 if not self._answered.wait(until - time.monotonic()):
                     self._index.start_over(late)
                     return
@@ -142,15 +147,19 @@ class KvStream(threading.Thread):
         connection = self._connect()
         reader = threading.Thread(target=self._read, args=(connection,), name="kv-answers", daemon=True)
         reader.start()
+        quiet = False
         while not self._stopped and reader.is_alive():
             self._report()
-            cached = self._index.snapshot()
-            ended = [key for key in self._sent if key not in cached]
-            spans = next_spans(cached, self._sent, self._frame_tokens)
+            look = self._index.look(all_of_it=quiet)
+            ended = [key for key in self._sent if key not in look.cached]
+            spans = next_spans(look.cached, self._sent, self._frame_tokens)
+            if self._long and any(span.stop - span.start > _SHORT_TOKENS for span in spans):
+                spans = []
             if spans or ended:
-                self._send(connection, spans, ended)
+                self._send(connection, spans, ended, look.mark)
+                quiet = False
             else:
-                self._index.wait(_QUIET_S)
+                quiet = not self._index.wait(look.changes, _QUIET_S)
 
     def _connect(self) -> socket.socket:
         host, _, port = self._address.rpartition(":")
@@ -176,7 +185,7 @@ class KvStream(threading.Thread):
             raise TransportError(answer.refusal)
         connection.settimeout(None)
         with self._answered:
-            self._sent, self._unanswered, self._kept = {}, {}, {}
+            self._sent, self._unanswered, self._kept, self._long = {}, {}, {}, 0
             self._index.start_over()
             self._connection = connection
         return connection
@@ -189,14 +198,16 @@ class KvStream(threading.Thread):
         if now != before:
             self._tell(now[1])
 
-    def _send(self, connection: socket.socket, spans: list[Span], ended: list[int]) -> None:
-        data = self._load(spans) if spans else None
-        if any(not self._index.unchanged(span.key, span.cached) for span in spans):
+    def _send(self, connection: socket.socket, spans: list[Span], ended: list[int], mark: object) -> None:
+        data = self._load(spans, mark) if spans else None
+        if not self._index.unchanged((span.key, span.cached) for span in spans):
             return  # blocks may have been given to somebody else while they were read
         body = as_bytes(data) if data is not None else None
         self._numbers += 1
         with self._answered:
             self._unanswered[self._numbers] = spans, ended
+            if any(span.stop - span.start > _SHORT_TOKENS for span in spans):
+                self._long = self._numbers
             while len(self._unanswered) > _WINDOW and self._connection is connection:
                 self._answered.wait(_PATIENCE_S)
         frame = [(span.key, span.start, span.stop) for span in spans]
@@ -206,13 +217,11 @@ class KvStream(threading.Thread):
         for span in spans:
             self._sent[span.key] = Cached(span.stop, (), span.cached.life)
 
-    def _load(self, spans: list[Span]) -> Tensor:
-        mark = self._index.mark
+    def _load(self, spans: list[Span], mark: object) -> Tensor:
         if isinstance(mark, torch.cuda.Event):
             torch.cuda.current_stream(self._cache.device).wait_event(mark)
-        found = [self._cache.slots(span.cached.blocks, span.start, span.stop) for span in spans]
-        slots = torch.from_numpy(np.concatenate(found)).to(self._cache.device)
-        data = self._cache.gather(slots, self._cache.layers, self._cache.heads)
+        tables = ((span.cached.blocks, span.start, span.stop) for span in spans)
+        data = self._cache.pack(slots_of(tables, self._cache.block_tokens).to(self._cache.device))
         if data.device.type == "cpu":
             return data
         pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
@@ -229,6 +238,9 @@ class KvStream(threading.Thread):
                     break
                 with self._answered:
                     spans, ended = self._unanswered.pop(answer.number, ((), ()))
+                    if answer.number == self._long:
+                        self._long = 0
+                        self._index.nudge()
                     self._kept |= {span.key: Kept(span.cached.life, span.stop) for span in spans}
                     for key in ended:
                         self._kept.pop(key, None)

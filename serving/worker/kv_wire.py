@@ -37,7 +37,7 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
 class Frame(msgspec.Struct, frozen=True, array_like=True):
     """KV of tokens `start` … `stop` - 1 of sequences (key, start, stop), and those that are over.
 
-    The body is `[layers, 2, tokens of all spans, heads, head_dim]`; `crc` is its `checksum`.
+    The body is `[tokens of all spans, layers, 2, heads, head_dim]`; `crc` is its `checksum`.
     """
 
     number: int
@@ -64,9 +64,12 @@ def send(connection: socket.socket, head: object, body: memoryview | None = None
     """Send one message; blocks until the peer takes it."""
     encoded = msgspec.msgpack.encode(head)
     lengths = len(encoded).to_bytes(_LENGTH_BYTES, "big") + (len(body) if body else 0).to_bytes(_LENGTH_BYTES, "big")
-    connection.sendall(lengths + encoded)
-    if body:
-        connection.sendall(body)
+    parts = [memoryview(lengths + encoded), *([body] if body else [])]
+    sent = connection.sendmsg(parts)
+    for part in parts:
+        if sent < len(part):
+            connection.sendall(part[sent:])
+        sent = max(0, sent - len(part))
 
 
 class Room:

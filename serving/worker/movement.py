@@ -1,9 +1,12 @@
-"""Brings the weights of a role into memory: boxes packed per peer, through the epoch's group, and from disk."""
+"""Brings the weights of a role into memory: from here, from peers (read in place, or packed), and from disk."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -11,8 +14,13 @@ from torch import Tensor
 from planning.resharding import Box
 from serving.engine.checkpoints import Checkpoints
 from serving.messages import WeightPieces
+from serving.worker import reading
 from serving.worker.groups import Group
+from serving.worker.peer_memory import Seen, Sight
 from serving.worker.rounds import Rounds, Traffic
+
+_ARENA_BYTES = 1 << 30  # of tensors in one allocation of a GPU: a peer opens allocations one by one
+_ALIGNED = 128  # elements: kernels read from such places the quickest
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +70,54 @@ class WeightMover:
         share: float = 1.0,
     ) -> WeightResult:
         """Exchange with all peers and assemble; `share` as for `Rounds`. Raises `GroupBroken` if a peer is lost."""
-        self._tensors = {box.tensor: self._destination(box) for box in needed}
+        self._tensors = self._destinations(needed)
         local_bytes = sum(self._copy_local(self._tensors[box.tensor]) for box in needed)
-        traffic = Rounds(self.group, self, share).run(self._queues(sends), self._queues(receives))
+        traffic = self._exchange(self._by_peer(sends), self._by_peer(receives), share)
         disk = [box for pieces in receives if pieces.peer is None for box in pieces.boxes]
         for box in disk:
             self._tensors[box.tensor].view(box).copy_(self.reader.read(box.tensor, box.start, box.stop))
         disk_bytes = sum(box.elements for box in disk) * self.dtype.itemsize
         return WeightResult(self._tensors, local_bytes, disk_bytes, traffic)
 
-    def _queues(self, pieces: Sequence[WeightPieces]) -> dict[int, Iterator[list[Box]]]:
-        limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
+    def _by_peer(self, pieces: Sequence[WeightPieces]) -> dict[int, list[Box]]:
         by_peer: dict[int, list[Box]] = {}
         for one in pieces:
             if one.peer is not None:
                 by_peer.setdefault(self.world.index(one.peer), []).extend(one.boxes)
-        return {peer: messages(boxes, limit) for peer, boxes in by_peer.items()}
+        return by_peer
+
+    def _exchange(self, sends: Mapping[int, list[Box]], receives: Mapping[int, list[Box]], share: float) -> Traffic:
+        """The seconds begin when it is known what is where."""
+        near = self.group.reads
+        shows = {peer: [self._show(box) for box in boxes] for peer, boxes in sends.items() if near(peer)}
+        sources = [peer for peer in receives if near(peer)]
+        shown = reading.swap(self.group, shows, sources, Sight)
+        seen = {peer: [self.group.see(one, self.dtype) for one in some] for peer, some in shown.items()}
+        began = time.monotonic()
+        copies = [partial(self._read, *one) for peer in sources for one in zip(receives[peer], seen[peer], strict=True)]
+        reading.pace(self.group, copies)
+        limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
+        out, into = (
+            {peer: messages(boxes, limit) for peer, boxes in some.items() if not near(peer)}
+            for some in (sends, receives)
+        )
+        traffic = Rounds(self.group, self, share).run(out, into)
+        reading.finish(self.group, sources, shows)
+        sent, received = (
+            sum(box.elements for peer, boxes in some.items() if near(peer) for box in boxes) * self.dtype.itemsize
+            for some in (sends, receives)
+        )
+        return Traffic(traffic.sent_bytes + sent, traffic.received_bytes + received, time.monotonic() - began)
+
+    def _show(self, box: Box) -> Sight:
+        return self.group.show(self.held[box.tensor].view(box))
+
+    def _read(self, box: Box, seen: Seen) -> None:
+        target = self._tensors[box.tensor].view(box)
+        if isinstance(seen, Tensor):
+            target.copy_(seen)
+        else:
+            import_module("serving.engine.rows").copy_matrix(seen, target)
 
     def load(self, message: list[Box]) -> Tensor:
         """See `Cargo`."""
@@ -93,11 +133,28 @@ class WeightMover:
         for box, part in zip(message, parts, strict=True):
             self._tensors[box.tensor].view(box).copy_(part.view(box.shape))
 
-    def _destination(self, box: Box) -> HeldTensor:
-        held = self.held.get(box.tensor)
-        if held is not None and held.box.overlap(box) == box:
-            return HeldTensor(box, held.view(box))  # already here: a view, not a copy
-        return HeldTensor(box, torch.empty(box.shape, dtype=self.dtype, device=self.device))
+    def _destinations(self, needed: Sequence[Box]) -> dict[str, HeldTensor]:
+        """What is here as it is: a view, not a copy; room for the rest."""
+        held = {box.tensor: self.held.get(box.tensor) for box in needed}
+        here = {name: one for name, one in held.items() if one is not None}
+        missing = [box for box in needed if box.tensor not in here or here[box.tensor].box.overlap(box) != box]
+        rooms = dict(zip([box.tensor for box in missing], self._rooms(missing), strict=True))
+        return {
+            box.tensor: HeldTensor(box, rooms[box.tensor] if box.tensor in rooms else here[box.tensor].view(box))
+            for box in needed
+        }
+
+    def _rooms(self, boxes: Sequence[Box]) -> list[Tensor]:
+        """Memory for boxes; on a GPU in arenas, in their order, so that what goes together is freed together."""
+        if self.device.type != "cuda":
+            return [torch.empty(box.shape, dtype=self.dtype, device=self.device) for box in boxes]
+        sizes = [-(-box.elements // _ALIGNED) * _ALIGNED for box in boxes]
+        rooms: list[Tensor] = []
+        for low, high in arenas(sizes, _ARENA_BYTES // self.dtype.itemsize):
+            arena = torch.empty(sum(sizes[low:high]), dtype=self.dtype, device=self.device)
+            parts = arena.split(sizes[low:high])
+            rooms += [part[: box.elements].view(box.shape) for box, part in zip(boxes[low:high], parts, strict=True)]
+        return rooms
 
     def _copy_local(self, target: HeldTensor) -> int:
         held = self.held.get(target.box.tensor)
@@ -107,6 +164,18 @@ class WeightMover:
         if common != target.box:
             target.view(common).copy_(held.view(common))
         return common.elements * self.dtype.itemsize
+
+
+def arenas(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive sizes that come to at most `limit` together, or to one size."""
+    low = total = 0
+    for at, size in enumerate(sizes):
+        if at > low and total + size > limit:
+            yield low, at
+            low, total = at, 0
+        total += size
+    if sizes:
+        yield low, len(sizes)
 
 
 def messages(boxes: Sequence[Box], limit: int) -> Iterator[list[Box]]:

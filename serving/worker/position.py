@@ -83,10 +83,22 @@ class Position:
         """From any thread: make whatever this rank waits for fail. All groups: a kernel that waits in one of them
         would hold up everything that has to wait for the device, the end of the others included.
         """
+        for group in self._groups():
+            group.abort()
+
+    def give_up(self) -> None:
+        """From any thread: nothing that this rank computes from now on counts."""
+        for group in self._groups():
+            group.give_up()
+
+    def close(self) -> None:
+        """The loop has ended on every rank, and in peace: the groups may serve another position."""
+        for group in self._groups():
+            group.close()
+
+    def _groups(self) -> list[Group]:
         hops = [hop.group for hop in (self.before, self.after) if hop is not None]
-        for group in dict.fromkeys([self.comm, self.group, *hops]):
-            if group is not None:
-                group.abort()
+        return [group for group in dict.fromkeys([self.comm, self.group, *hops]) if group is not None]
 
     @property
     def tail(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from serving.engine.batch import StepPlan
 from serving.worker.groups import GroupBroken, Pending, Waiting
 from serving.worker.position import Position
-from serving.worker.streams import mark
+from serving.worker.streams import first, mark
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class StepLoop(threading.Thread, ABC):
         self.position = position
         self.steps = 0
         self.resting = False  # there is nothing that this rank or another could do
+        self.ended = False  # as it was told to, like those of the other ranks
         self._cpu_clock: int | None = None
         self._fail = fail
         self._stopped = threading.Event()
@@ -49,8 +50,9 @@ class StepLoop(threading.Thread, ABC):
         """Step until told to stop, or until the group breaks."""
         self._cpu_clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), first(self.position.group.device):
                 self._loop()
+            self.ended = not self._stopped.is_set()
         except Exception as error:  # whatever broke the loop must reach the controller
             if not self._stopped.is_set():
                 if not isinstance(error, GroupBroken):
@@ -75,7 +77,7 @@ class StepLoop(threading.Thread, ABC):
     def discard(self) -> None:
         """From any thread: stop without a word, whatever the loop is doing; its state is void."""
         self._stopped.set()
-        self.position.abort()
+        self.position.give_up()
 
     @abstractmethod
     def _loop(self) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from serving.worker.peer_memory import PeerMemory
 from serving.worker.streams import mark
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,10 @@ class Windows:
             for index, (peer, theirs) in enumerate(opened.items())
             if theirs is not None and bytes(store.get(f"opened/{peer}/{rank}")) == b"1"
         }
+
+    def memory(self) -> PeerMemory:
+        """For one group: what its members show each other beside their windows."""
+        return PeerMemory(self._device)
 
     def _introduce(self, store: dist.Store, rank: int, size: int) -> dict[int, _Card]:
         card = _Card(self._name, _BOOT.read_text(encoding="ascii").strip(), self._window_bytes)

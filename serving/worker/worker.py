@@ -25,6 +25,7 @@ from serving.engine.kv_cache import KvCache
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
 from serving.worker.build import Build, build_position, compute_device, weight_dtype
+from serving.worker.communicators import Communicators
 from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
 from serving.worker.kv_movement import KvMover
@@ -38,6 +39,9 @@ from serving.worker.rounds import Traffic
 from serving.worker.window import Windows
 
 logger = logging.getLogger(__name__)
+
+_REST_S = 0.001
+_BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
 
 
 @dataclass(slots=True)
@@ -61,11 +65,13 @@ class Worker:
         # Everything beside the step loop shares one stream: the memory of another would not be reused.
         self._side_stream = torch.cuda.Stream(self._device) if cuda else None
         self._windows = Windows(self._device, settings.capacity.window_bytes) if cuda else None
+        self._communicators = Communicators()
         self._checkpoints = Checkpoints(settings.models)
         self._held: dict[str, HeldTensor] = {}
         self._prepared: dict[int, PreparedRole] = {}
         self._abandoned_through = -1
         self._loop: StepLoop | None = None
+        self._broken: list[StepLoop] = []  # whose communicators are still to be taken down
         self._copies = Copies(settings)
         self._lock = threading.Lock()  # orders to let go arrive while threads take on
         self._connection: Connection[m.Downward] | None = None
@@ -191,7 +197,11 @@ class Worker:
             host=host,
             timeout_s=timeouts.collective_s,
             engine=self._settings.engine,
+            communicators=self._communicators,
+            rest_s=_REST_S if self._loop is not None else 0.0,
         )
+        if order.role:
+            self._end_broken()
         world = build.group("world", order.world, self.name, windows=self._windows)
         mover = WeightMover(
             world,
@@ -325,25 +335,45 @@ class Worker:
         with self._lock:
             retired = self._copies.drop(replicas)
             if self._runs(replicas):
-                retired.append(self._stop_loop())
+                loop = self._stop_loop()
+                if not loop.ended:
+                    loop.position.abort()
+                retired.append(loop)
             if retired:
                 _clear_aside(retired)
 
     def _stop_loop(self) -> StepLoop:
         loop = self._loop
         assert loop is not None
-        loop.discard()
+        if loop.ended:
+            loop.position.close()
+        else:
+            loop.discard()
         for replica in loop.position.replicas:
             self._copies.end_stream(replica)
         self._loop = None
         return loop
 
     def _salvage(self, replica: int) -> None:
-        """Stop the loop of a broken replica, and keep the caches of its group at hand."""
+        """Stop the loop of a broken replica, and keep the caches of its group at hand.
+
+        While its communicators are taken down nothing else gets at the device. Others want to read these
+        caches now, so that comes a little later, or when this device is to compute again.
+        """
         with self._lock:
             if self._loop is not None and self._runs([replica]):
                 self._copies.salvage(self._loop.position)
-                _clear_aside([self._stop_loop()])
+                self._broken.append(self._stop_loop())
+                later = threading.Timer(_BROKEN_S if self._side_stream else 0.0, self._end_broken)
+                later.daemon = True
+                later.start()
+
+    def _end_broken(self) -> None:
+        with self._lock:
+            broken, self._broken = self._broken, []
+        for loop in broken:
+            loop.position.abort()
+        _clear_aside(broken)
 
     def _keep(self, replicas: list[int]) -> None:
         with self._lock:
@@ -376,6 +406,8 @@ class Worker:
             self._retire(self._loop.position.replicas)
         self._keep([])
         self._abandon(max(self._prepared, default=-1))
+        self._end_broken()
+        self._communicators.clear()
         self._connection, self._abandoned_through = None, -1
 
 

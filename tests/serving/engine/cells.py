@@ -36,5 +36,4 @@ def insert(
 
 def _plane(cache: KvCache, layer: int, kind: int, heads: tuple[int, int]) -> Tensor:
     """K or V of a layer, `[slots, heads, head_dim]`, in place."""
-    pages, first = cache.pages(layer)[kind], cache.heads[0]
-    return pages.view(-1, *pages.shape[2:])[:, heads[0] - first : heads[1] - first]
+    return cache.cells((layer, layer + 1), heads)[0, kind]

