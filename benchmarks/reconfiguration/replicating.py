@@ -10,7 +10,7 @@ from benchmarks.reconfiguration.stage import Bench, Stage, copies_s, stage
 from benchmarks.reconfiguration.timeline import rate, step_s
 
 _INSTANCES = 2  # one works, the other keeps the copies
-_MOST_TOKENS = 1024  # for KV of the largest batch beside the weights
+_MOST_TOKENS = 1536  # for KV of the largest batch beside the weights
 _PREFILL_S = 240.0
 
 

@@ -30,7 +30,7 @@ _START_S = 240.0
 _SETTLE_S = 120.0
 _CHANGE_S = 30.0
 _EXPLAIN_S = 0.5
-_COPY_BYTES_PER_S = 1e9
+_COPY_BYTES_PER_S = 1.5e9
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class KvCache:
         return self._box(layers, heads)
 
     def copy_rows(
-        self, source: Any, there: Tensor, here: Tensor, layers: tuple[int, int], heads: tuple[int, int]
+        self, source: Tensor, there: Tensor, here: Tensor, layers: tuple[int, int], heads: tuple[int, int]
     ) -> None:
         """Store slots `there` of `source`, cells like `cells(layers, heads)`, in the slots `here`; on this device."""
         box = self._box(layers, heads)

@@ -1,4 +1,4 @@
-"""Moves rows of caches and parts of matrices: one Triton kernel for all layers, near the speed of memory or link.
+"""Moves rows of caches: one Triton kernel for all layers, near the speed of memory or link.
 
 The framework's indexed copies along an inner dimension are slower by an order of magnitude. A source may be
 memory of another GPU. Import only where Triton is: on CUDA, or on a CPU under its interpreter
@@ -7,31 +7,15 @@ memory of another GPU. Import only where Triton is: on CUDA, or on a CPU under i
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 8, 2048  # that a program copies, of rows of caches and of columns of matrices
+_ROWS = 8  # that a program copies
 
 
-class Memory(Protocol):
-    """A tensor, or what is known of one in another process."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its extents."""
-
-    def data_ptr(self) -> int:
-        """Where it begins."""
-
-    def stride(self, dim: int) -> int:
-        """In elements."""
-
-
-def copy_rows(source: Memory, there: Tensor, box: Tensor, here: Tensor) -> None:
+def copy_rows(source: Tensor, there: Tensor, box: Tensor, here: Tensor) -> None:
     """`box[:, :, here] = source[:, :, there]` for `[layers, 2, slots, heads, head_dim]`; heads lie side by side."""
     layers, kinds, _, heads, head_dim = box.shape
     if not len(here):
@@ -51,14 +35,6 @@ def copy_rows(source: Memory, there: Tensor, box: Tensor, here: Tensor) -> None:
         ROWS=_ROWS,
         num_warps=4,
     )
-
-
-def copy_matrix(source: Memory, target: Tensor) -> None:
-    """`target[:] = source` for one or two dimensions, the last of which lies side by side in both."""
-    rows, columns = target.shape if target.dim() == 2 else (1, target.shape[0])
-    steps = (source.stride(0), target.stride(0)) if target.dim() == 2 else (columns, columns)
-    grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
-    _copy_matrix[grid](source, target, rows, columns, *steps, ROWS=_ROWS, BLOCK=_COLUMNS, num_warps=8)
 
 
 def gather_rows(box: Tensor, slots: Tensor) -> Tensor:
@@ -164,21 +140,3 @@ def _copy_rows(
     into = target + (plane // KINDS) * target_layer + (plane % KINDS) * target_kind
     moved = tl.load(begin + slot[:, None] * source_row + at[None, :], mask=inside)
     tl.store(into + place[:, None] * target_row + at[None, :], moved, mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _copy_matrix(
-    source: tl.tensor,
-    target: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    source_row: tl.tensor,
-    target_row: tl.tensor,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (at < columns)[None, :]
-    moved = tl.load(source + row[:, None] * source_row + at[None, :], mask=inside)
-    tl.store(target + row[:, None] * target_row + at[None, :], moved, mask=inside)

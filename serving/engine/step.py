@@ -16,6 +16,7 @@ from serving.engine.batch import SequenceStep, StepPlan
 from serving.engine.blocks import blocks_for
 
 _MASK_ELEMENTS = 1 << 20  # query rows × context of one attention call
+_SHORT_TOKENS = 4  # of a sequence in a step: what has to be computed again after a loss, many sequences at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class AttentionGroup:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """Rows that add one token each to a sequence and read its context in place.
+    """Rows that each see a sequence up to their own token, and read its context in place.
 
     `rows` `[n]` are their rows in the step (None: all, in order), `tables` int32 `[n, table]` padded block
     tables, `lengths` int32 `[n]` how many tokens each may see, itself included.
@@ -67,7 +68,8 @@ class StepTensors:
     ) -> StepTensors:
         """The tensors of a plan; `window` is the width of sliding-window attention, if any.
 
-        `paged` makes `decode` of the rows that come alone, and spares chunks the mask where they need none.
+        `paged` makes `decode` of the rows that come alone or nearly so, and spares longer chunks the mask where they
+        need none.
         """
         rows: list[tuple[int, int, int]] = []
         sampled: list[int] = []
@@ -129,17 +131,18 @@ class _Grouping:
     paged: bool
 
     def decode(self, pieces: Sequence[_Piece]) -> DecodeRows | None:
-        """The pieces of one row."""
-        alone = [piece for piece in pieces if piece.tokens == 1]
-        if not alone:
+        """The rows of short pieces: keys and values of all of a step are there before anyone attends."""
+        short = [piece for piece in pieces if piece.tokens <= _SHORT_TOKENS]
+        if not short:
             return None
-        tables = np.zeros((len(alone), max(len(piece.blocks) for piece in alone)), np.int32)
-        for row, piece in enumerate(alone):
-            tables[row, : len(piece.blocks)] = piece.blocks
-        lengths = np.array([piece.start + 1 for piece in alone], np.int32)
+        found = [(piece.row + at, piece.start + at + 1, piece.blocks) for piece in short for at in range(piece.tokens)]
+        tables = np.zeros((len(found), max(len(piece.blocks) for piece in short)), np.int32)
+        for row, (_, _, blocks) in enumerate(found):
+            tables[row, : len(blocks)] = blocks
+        lengths = np.array([length for _, length, _ in found], np.int32)
         rows = None
-        if len(alone) < len(pieces):
-            rows = on_device(np.array([piece.row for piece in alone]), self.device)
+        if len(short) < len(pieces):
+            rows = on_device(np.array([row for row, _, _ in found]), self.device)
         return DecodeRows(rows, on_device(tables, self.device), on_device(lengths, self.device))
 
     def groups(self, pieces: Sequence[_Piece]) -> Iterator[AttentionGroup]:
@@ -148,9 +151,11 @@ class _Grouping:
         for _, group in groupby([] if self.paged else decodes, key=lambda piece: piece.bucket):
             yield self._masked(list(group))
         for piece in pieces:
-            if piece.tokens > 1 and self._unmasked(piece):
+            if piece.tokens <= (_SHORT_TOKENS if self.paged else 1):
+                continue
+            if self._unmasked(piece):
                 yield self._group([piece], None)
-            elif piece.tokens > 1:
+            else:
                 yield from (self._masked([part]) for part in piece.split(self.block_tokens))
 
     def _unmasked(self, piece: _Piece) -> bool:

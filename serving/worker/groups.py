@@ -23,7 +23,7 @@ from torch.nn import functional
 from serving.errors import PerennialError
 from serving.worker.checksum import as_bytes, checksum
 from serving.worker.communicators import Communicator, Communicators
-from serving.worker.peer_memory import PeerMemory, Seen, Sight
+from serving.worker.peer_memory import PeerMemory, Sight
 from serving.worker.window import Lane, Windows
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,9 @@ class Group:
                 and device.type == "cuda"
                 and _on_distinct_gpus(dist.PrefixStore(f"{prefix}/gpu", store), rank, size, device)
             ):
+                names = members or [str(one) for one in range(size)]
                 self._communicator = self._communicators.take(
-                    dist.PrefixStore(f"{prefix}/nccl", store), prefix, members, rank, device=device, timeout_s=timeout_s
+                    dist.PrefixStore(f"{prefix}/nccl", store), prefix, names, rank, device=device, timeout_s=timeout_s
                 )
                 self._nccl = self._communicator.backend
         except RuntimeError as error:
@@ -348,7 +349,7 @@ class Group:
         with _broken_groups():
             return self._memory.show(tensor)
 
-    def see(self, sight: Sight, dtype: torch.dtype) -> Seen:
+    def see(self, sight: Sight, dtype: torch.dtype) -> Tensor:
         """What such a rank shows; for as long as the group lives, and its owner leaves it there."""
         assert self._memory is not None, "only who has lanes reads"
         with _broken_groups():

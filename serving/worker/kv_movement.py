@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from serving.worker.groups import Group
 from serving.worker.peer_memory import Sight
 from serving.worker.rounds import Rounds, Traffic
 
+logger = logging.getLogger(__name__)
+
 _SLOT_LISTS = 8  # that are worth keeping
-_COPY_BYTES = 128 << 20  # of one copy: what a step that begins meanwhile may have to wait for
+_COPY_BYTES = 512 << 20  # of one copy: every call has to wait for the interpreter while others decode
 
 Caches = Callable[[KvPieces], KvCache]
 """The cache that pieces are read from or written to on this worker."""
@@ -75,25 +78,33 @@ class KvMover:
 
         Raises `GroupBroken` if a peer is lost.
         """
-        own = self.world[self.group.rank]
+        asked, own = time.monotonic(), self.world[self.group.rank]
         self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
         outgoing, incoming = self._by_peer(sends, own), self._by_peer(receives, own)
         shows = {peer: [self._show(one) for one in some] for peer, some in outgoing.items() if self.group.reads(peer)}
         sources = [peer for peer in incoming if self.group.reads(peer)]
         shown = reading.swap(self.group, shows, sources, Shown)
-        began = time.monotonic()
         read_out, send = _apart(outgoing, shows)
         read_in, receive = _apart(incoming, shown)
-        reading.pace(self.group, (copy for one in read_in for copy in self._copies(*one)))
+        copies = [copy for pieces, there in read_in for copy in self._copies(pieces, *self._see(there))]
+        began = time.monotonic()
+        reading.pace(self.group, copies)
         traffic = Rounds(self.group, self, share).run(self._queues(send, self.read), self._queues(receive, self.write))
         reading.finish(self.group, sources, shows)
+        ended = time.monotonic()
+        known_ms, moved_ms = 1e3 * (began - asked), 1e3 * (ended - began)
+        logger.debug("KV: %.1f ms to know what is where, %.1f to bring it", known_ms, moved_ms)
         sent = traffic.sent_bytes + sum(_bytes(one, self.read(one)) for one, _ in read_out)
         received = traffic.received_bytes + sum(_bytes(one, self.write(one)) for one, _ in read_in)
-        return Traffic(sent, received, time.monotonic() - began)
+        return Traffic(sent, received, ended - began)
 
     def _stay(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces]) -> None:
         """What this worker needs and has never touches the group."""
         for source, target in zip(sends, receives, strict=True):
+            if (cache := self.read(source)).device.type == self.write(target).device.type:
+                for copy in self._copies(target, cache.cells(source.layers, source.heads), source.spans):
+                    copy()
+                continue
             pairs = zip(self._chunks(source, self.read), self._chunks(target, self.write), strict=True)
             for ours, theirs in pairs:
                 self.store(theirs, self.load(ours))
@@ -113,19 +124,21 @@ class KvMover:
             return Shown(None, [])
         return Shown(self.group.show(cache.cells(pieces.layers, pieces.heads)), pieces.spans)
 
-    def _copies(self, pieces: KvPieces, shown: Shown) -> Iterator[Callable[[], None]]:
-        """Copies of some layers each, out of the cells that a peer shows."""
+    def _see(self, shown: Shown) -> tuple[Tensor, list[KvSpan]]:
         assert shown.cells is not None
-        cache, seen = self.write(pieces), self.group.see(shown.cells, self.dtype)
-        tables = {span.key: span.blocks for span in shown.spans}
-        spans = [KvSpan(one.key, one.start, one.stop, tables[one.key]) for one in pieces.spans]
-        theirs = msgspec.structs.replace(pieces, spans=spans)
+        return self.group.see(shown.cells, self.dtype), shown.spans
+
+    def _copies(self, pieces: KvPieces, cells: Tensor, spans: Sequence[KvSpan]) -> Iterator[Callable[[], None]]:
+        """Copies of pieces out of `cells`, those of their layers and heads elsewhere, where `spans` are."""
+        cache, tables = self.write(pieces), {span.key: span.blocks for span in spans}
+        there = [KvSpan(one.key, one.start, one.stop, tables[one.key]) for one in pieces.spans]
+        theirs = msgspec.structs.replace(pieces, spans=there)
         cuts = (chunks(one, _COPY_BYTES // self.dtype.itemsize, cache.head_dim) for one in (theirs, pieces))
         for source, target in zip(*cuts, strict=True):
             low, high = target.layers
-            part = seen.narrow(0, low - pieces.layers[0], high - low)
-            there, here = self._slots_of(source, cache), self._slots_of(target, cache)
-            yield partial(cache.copy_rows, part, there, here, target.layers, pieces.heads)
+            part = cells.narrow(0, low - pieces.layers[0], high - low)
+            slots = self._slots_of(source, cache), self._slots_of(target, cache)
+            yield partial(cache.copy_rows, part, *slots, target.layers, pieces.heads)
 
     # -- in messages ---------------------------------------------------------------------------------
 
@@ -191,11 +204,14 @@ def _bytes(pieces: KvPieces, cache: KvCache) -> int:
 
 
 def chunks(pieces: KvPieces, limit: int, head_dim: int) -> Iterator[Chunk]:
-    """Cut pieces so that a chunk has at most `limit` elements, or one layer of one token; a pure function of ranges."""
-    token = 2 * (pieces.heads[1] - pieces.heads[0]) * head_dim
-    for spans in _batches(pieces.spans, max(1, limit // token)):
-        tokens = sum(span.stop - span.start for span in spans)
-        step, together = max(1, limit // (token * tokens)), tuple(spans)
+    """Cut pieces so that a chunk has at most `limit` elements, or one layer of one token; a pure function of ranges.
+
+    A chunk has all layers if it can: copies in host memory lie token by token.
+    """
+    cell = 2 * (pieces.heads[1] - pieces.heads[0]) * head_dim
+    step = min(pieces.layers[1] - pieces.layers[0], max(1, limit // cell))
+    for spans in _batches(pieces.spans, max(1, limit // (cell * step))):
+        together = tuple(spans)
         for layer in range(pieces.layers[0], pieces.layers[1], step):
             yield Chunk(pieces, (layer, min(layer + step, pieces.layers[1])), together, head_dim)
 

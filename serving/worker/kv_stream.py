@@ -1,7 +1,7 @@
 """Sends the KV of one rank, as it grows, to the worker that keeps a copy.
 
 The cache itself is the buffer: KV is a log per sequence, so whatever was computed and not sent yet can
-be read at any time later. What decoding adds goes first, and of the rest only one frame is under way: steps
+be read at any time later. What decoding adds goes first, and of the rest only two frames are under way: steps
 wait for tokens, and those must not wait for a prompt. What is sent was computed before the step that the
 device is at, so the work falls into the time in which the step loop waits for the device.
 """
@@ -32,6 +32,7 @@ _CONNECT_S = 2.0
 _QUIET_S = 0.05  # how long to wait for something new before looking whether to stop
 _AGAIN_S = 0.5  # between two attempts to connect
 _WINDOW = 8  # frames that may be unanswered
+_LONG_WINDOW = 2  # of these, frames of which steps do not wait
 _SHORT_TOKENS = 8  # of a sequence: more is a prompt, or what was here before the copy
 _PATIENCE_S = 0.5  # how long a step, or a frame, waits for answers; a keeper that is slower holds nobody up
 
@@ -93,7 +94,7 @@ class KvStream(threading.Thread):
         self._sent: dict[int, Cached] = {}
         self._unanswered: dict[int, tuple[list[Span], list[int]]] = {}  # spans and ended sequences by frame
         self._kept: dict[int, Kept] = {}
-        self._long = 0  # the frame under way that is not of short tails; 0: none is
+        self._long: set[int] = set()  # frames under way that are not of short tails
         self._answered = threading.Condition()
         self._connection: socket.socket | None = None
         self._stopped = False
@@ -153,7 +154,7 @@ class KvStream(threading.Thread):
             look = self._index.look(all_of_it=quiet)
             ended = [key for key in self._sent if key not in look.cached]
             spans = next_spans(look.cached, self._sent, self._frame_tokens)
-            if self._long and any(span.stop - span.start > _SHORT_TOKENS for span in spans):
+            if len(self._long) >= _LONG_WINDOW and any(span.stop - span.start > _SHORT_TOKENS for span in spans):
                 spans = []
             if spans or ended:
                 self._send(connection, spans, ended, look.mark)
@@ -185,7 +186,8 @@ class KvStream(threading.Thread):
             raise TransportError(answer.refusal)
         connection.settimeout(None)
         with self._answered:
-            self._sent, self._unanswered, self._kept, self._long = {}, {}, {}, 0
+            self._sent, self._unanswered, self._kept = {}, {}, {}
+            self._long = set()
             self._index.start_over()
             self._connection = connection
         return connection
@@ -207,7 +209,7 @@ class KvStream(threading.Thread):
         with self._answered:
             self._unanswered[self._numbers] = spans, ended
             if any(span.stop - span.start > _SHORT_TOKENS for span in spans):
-                self._long = self._numbers
+                self._long.add(self._numbers)
             while len(self._unanswered) > _WINDOW and self._connection is connection:
                 self._answered.wait(_PATIENCE_S)
         frame = [(span.key, span.start, span.stop) for span in spans]
@@ -238,8 +240,8 @@ class KvStream(threading.Thread):
                     break
                 with self._answered:
                     spans, ended = self._unanswered.pop(answer.number, ((), ()))
-                    if answer.number == self._long:
-                        self._long = 0
+                    if answer.number in self._long:
+                        self._long.discard(answer.number)
                         self._index.nudge()
                     self._kept |= {span.key: Kept(span.cached.life, span.stop) for span in spans}
                     for key in ended:

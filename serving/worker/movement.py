@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from serving.engine.checkpoints import Checkpoints
 from serving.messages import WeightPieces
 from serving.worker import reading
 from serving.worker.groups import Group
-from serving.worker.peer_memory import Seen, Sight
+from serving.worker.peer_memory import Sight
 from serving.worker.rounds import Rounds, Traffic
 
 _ARENA_BYTES = 1 << 30  # of tensors in one allocation of a GPU: a peer opens allocations one by one
@@ -94,8 +93,7 @@ class WeightMover:
         shown = reading.swap(self.group, shows, sources, Sight)
         seen = {peer: [self.group.see(one, self.dtype) for one in some] for peer, some in shown.items()}
         began = time.monotonic()
-        copies = [partial(self._read, *one) for peer in sources for one in zip(receives[peer], seen[peer], strict=True)]
-        reading.pace(self.group, copies)
+        reading.pace(self.group, (copy for peer in sources for copy in self._copies(receives[peer], seen[peer])))
         limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
         out, into = (
             {peer: messages(boxes, limit) for peer, boxes in some.items() if not near(peer)}
@@ -112,12 +110,11 @@ class WeightMover:
     def _show(self, box: Box) -> Sight:
         return self.group.show(self.held[box.tensor].view(box))
 
-    def _read(self, box: Box, seen: Seen) -> None:
-        target = self._tensors[box.tensor].view(box)
-        if isinstance(seen, Tensor):
-            target.copy_(seen)
-        else:
-            import_module("serving.engine.rows").copy_matrix(seen, target)
+    def _copies(self, boxes: Sequence[Box], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
+        """A gigabyte at a time: every call has to wait for the interpreter while others decode."""
+        targets = [self._tensors[box.tensor].view(box) for box in boxes]
+        for low, high in arenas([box.elements for box in boxes], _ARENA_BYTES // self.dtype.itemsize):
+            yield partial(torch._foreach_copy_, targets[low:high], seen[low:high], True)
 
     def load(self, message: list[Box]) -> Tensor:
         """See `Cargo`."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import msgspec
@@ -30,33 +28,6 @@ class Sight(msgspec.Struct, frozen=True, array_like=True):
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Foreign:
-    """A tensor in another process's memory, as kernels see it: an address here, and how it lies."""
-
-    address: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def data_ptr(self) -> int:
-        """What the compiler of kernels asks every argument for that is a tensor."""
-        return self.address
-
-    def stride(self, dim: int) -> int:
-        """In elements."""
-        return self.strides[dim]
-
-    def narrow(self, dim: int, start: int, length: int) -> Foreign:
-        """A part of it."""
-        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
-        return replace(self, address=self.address + start * self.strides[dim] * self.dtype.itemsize, shape=shape)
-
-
-Seen = Foreign | Tensor
-"""What a rank sees of another one: on a GPU its memory as it is."""
-
-
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_ubyte * _HANDLE_BYTES),)
 
@@ -67,44 +38,60 @@ class PeerMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device, self._driver = device, _Driver(device.index or 0)
         self._handles: dict[int, bytes] = {}  # by the base of an allocation
         self._opened: dict[bytes, int] = {}
-        weakref.finalize(self, _close, device, self._opened).atexit = False
+        weakref.finalize(self, _close, self._driver, self._opened).atexit = False
 
     def show(self, tensor: Tensor) -> Sight:
         """A tensor of this GPU, for others; it has to stay until they have read it."""
         base, size, pointer = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint64(tensor.data_ptr())
-        _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), pointer)
+        self._driver.call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), pointer)
         if base.value not in self._handles:
             handle = _Handle()
-            _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+            self._driver.call("cuIpcGetMemHandle", ctypes.byref(handle), base)
             self._handles[base.value] = bytes(handle)
         offset = pointer.value - base.value
         return Sight(self._handles[base.value], offset, tuple(tensor.shape), tuple(tensor.stride()))
 
-    def see(self, sight: Sight, dtype: torch.dtype) -> Foreign:
-        """A tensor that another process shows. An allocation is opened once, which takes a millisecond or ten."""
+    def see(self, sight: Sight, dtype: torch.dtype) -> Tensor:
+        """A tensor that another process shows, for the device of this one: to kernels and to copies it is memory like
+        any other. An allocation is opened once, which takes a millisecond or ten.
+        """
         if sight.handle not in self._opened:
             base = ctypes.c_uint64()
             handle = _Handle.from_buffer_copy(sight.handle)
-            _call("cuIpcOpenMemHandle_v2", ctypes.byref(base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
+            self._driver.call("cuIpcOpenMemHandle_v2", ctypes.byref(base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
             self._opened[sight.handle] = base.value
-        return Foreign(self._opened[sight.handle] + sight.offset, dtype, sight.shape, sight.strides)
+        return tensor_at(self._opened[sight.handle] + sight.offset, sight, dtype, self._device)
 
 
-def _close(device: torch.device, opened: dict[bytes, int]) -> None:
+def tensor_at(address: int, sight: Sight, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor that lies at an address like that of a sight; nobody frees it."""
+    last = sum((extent - 1) * stride for extent, stride in zip(sight.shape, sight.strides, strict=True))
+    storage: Any = torch._C._construct_storage_from_data_pointer(address, device, (last + 1) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, sight.shape, sight.strides)
+
+
+class _Driver:
+    """Functions of the driver in the context that the framework uses on a device, whatever thread calls them."""
+
+    def __init__(self, index: int) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._context = ctypes.c_void_p()
+        self._check("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), ctypes.c_int(index))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Raises `RuntimeError` if it fails."""
+        self._check("cuCtxSetCurrent", self._context)
+        self._check(name, *arguments)
+
+    def _check(self, name: str, *arguments: Any) -> None:
+        if status := getattr(self._library, name)(*arguments):
+            raise RuntimeError(f"{name} failed with status {status}")
+
+
+def _close(driver: _Driver, opened: dict[bytes, int]) -> None:
     """Let go of what was opened: as long as it is, its owner cannot return it to the system."""
-    with torch.cuda.device(device):
-        for base in opened.values():
-            _call("cuIpcCloseMemHandle", ctypes.c_uint64(base))
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """A function of the driver, in the context of the calling thread's device."""
-    if status := getattr(_driver(), name)(*arguments):
-        raise RuntimeError(f"{name} failed with status {status}")
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    for base in opened.values():
+        driver.call("cuIpcCloseMemHandle", ctypes.c_uint64(base))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,10 @@ from serving import lifeline
 from serving import messages as m
 from serving.engine.checkpoints import Checkpoints
 from serving.engine.kv_cache import KvCache
+from serving.engine.rehearsal import rehearse
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
-from serving.worker.build import Build, build_position, compute_device, weight_dtype
+from serving.worker.build import Build, build_position, compute_device, numerics_of, weight_dtype
 from serving.worker.communicators import Communicators
 from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
@@ -40,7 +42,7 @@ from serving.worker.window import Windows
 
 logger = logging.getLogger(__name__)
 
-_REST_S = 0.001
+_REST_S = 0.002  # of a thread that records steps while another one of the process computes them
 _BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
 
 
@@ -76,6 +78,15 @@ class Worker:
         self._lock = threading.Lock()  # orders to let go arrive while threads take on
         self._connection: Connection[m.Downward] | None = None
         self._runner = asyncio.get_running_loop()
+        if cuda and numerics_of(settings.engine) == "native":
+            self._rehearse()
+
+    def _rehearse(self) -> None:
+        began = time.monotonic()
+        engine = self._settings.engine
+        for spec in self._checkpoints.specs.values():
+            rehearse(spec, weight_dtype(engine), self._device, engine.block_tokens)
+        logger.info("%s: kernels compiled and loaded in %.1f s", self.name, time.monotonic() - began)
 
     # -- connection ---------------------------------------------------------------------------
 
@@ -245,9 +256,11 @@ class Worker:
         return m.Copied(order.epoch, traffic.sent_bytes, traffic.seconds)
 
     def _switch(self, order: m.Switch) -> m.Message:
-        prepared = self._prepared[order.epoch]
+        prepared, began = self._prepared[order.epoch], time.monotonic()
         self._wait_until_stopped(order)
+        stopped = time.monotonic()
         traffic = self._exchange(prepared, order, 1.0)
+        moved = time.monotonic()
         self._retire(order.retire)
         with self._lock:
             if order.epoch not in self._prepared:
@@ -256,6 +269,8 @@ class Worker:
             self._take_over(order, prepared)
         del prepared  # taking its group down must not hold the answer up
         _clear_aside(done)
+        parts_ms = (1e3 * one for one in (stopped - began, moved - stopped, time.monotonic() - moved))
+        logger.debug("switch: %.1f ms until the old loop ended, %.1f to move the rest, %.1f to take over", *parts_ms)
         return m.Switched(order.epoch, traffic.sent_bytes, traffic.seconds)
 
     def _wait_until_stopped(self, order: m.Switch) -> None:
