@@ -80,7 +80,7 @@ def _kill(record: Mapping[str, Any]) -> Sequence[Bar]:
     name = _name(record)
     return [
         Bar(name, "longest stall, ms", record["stall_ms"]["longest"], STALL_MS),
-        Bar(name, "gap of the other replica, steps", record["others_gap_steps"], OTHERS_STEPS),
+        Bar(name, "stall of the other replica, steps", record["others_stall_steps"], OTHERS_STEPS),
     ]
 
 

@@ -100,7 +100,8 @@ async def _one(play: Stage, *, rank: int, replicated: bool) -> dict[str, Any]:
         "step_ms": round(1e3 * step, 2),
         "stall_ms": {"shortest": _ms(min(stalls, default=0.0)), "longest": _ms(max(stalls, default=0.0))},
         "others_gap_ms": _ms(longest),
-        "others_gap_steps": round(longest / step, 2),
+        "others_quiet_ms": _ms(longest_s(others, *before)),
+        "others_stall_steps": round(longest / step - 1.0, 2),  # beyond the step that a gap always is
         "clocks_s": clocks(timelines, affected, kill.at_s, restored_s(kill, affected, play.offset_s), quiet),
         "lost_tokens": lost,
         "duplicated_tokens": duplicated,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from serving.engine.batch import StepPlan
 from serving.engine.kv_cache import KvCache
-from serving.engine.step import DecodeRows, StepTensors
+from serving.engine.step import SHORT_TOKENS, DecodeRows, StepTensors
 
 Compute = Callable[[StepTensors, Tensor | None], Tensor | None]
 """A step of one place: its tensors and the activations before it → activations or logits."""
@@ -76,9 +76,9 @@ class DecodeGraphs:
         return taken_ms
 
     def step_for(self, plan: StepPlan) -> _RecordedStep | None:
-        """The smallest recording that holds a plan; None if the plan is not one of decode rows alone, or too large."""
-        rows = len(plan.sequences)
-        if any(len(sequence.tokens) != 1 or sequence.sampling is None for sequence in plan.sequences):
+        """The smallest recording that holds a plan; None if that has too many rows, or more than a few of a sequence."""
+        rows = sum(len(sequence.tokens) for sequence in plan.sequences)
+        if any(len(sequence.tokens) > SHORT_TOKENS for sequence in plan.sequences):
             return None
         size = min((size for size in self._steps if size >= rows), default=None)
         return None if size is None else self._steps[size]
@@ -127,8 +127,7 @@ class _RecordedStep:
 
     def run(self, plan: StepPlan, hidden: Tensor | None) -> Tensor | None:
         """The output's rows of the plan; valid until the next step of this place."""
-        rows = len(plan.sequences)
-        self._step.fill(plan)
+        rows = self._step.fill(plan)
         if self._hidden is not None and hidden is not None:
             self._hidden[:rows].copy_(hidden)
         self._replay()
@@ -156,18 +155,21 @@ class _StepBuffers:
         self.tensors = StepTensors(tokens, positions, slots, every, (), DecodeRows(None, tables, lengths))
         self._upload()
 
-    def fill(self, plan: StepPlan) -> None:
-        """Put a plan of at most `size` decode rows in; the rest become padding."""
-        for row, sequence in enumerate(plan.sequences):
-            if sequence.blocks != self._known[row]:
-                self._know(row, sequence.blocks)
-        rows = [self._row(*(one.tokens[0], one.start, one.blocks)) for one in plan.sequences]
+    def fill(self, plan: StepPlan) -> int:
+        """Put a plan of at most `size` rows in, which are counted; the rest become padding."""
+        rows: list[tuple[int, int, int, int]] = []
+        for sequence in plan.sequences:
+            for position, token in enumerate(sequence.tokens, start=sequence.start):
+                if sequence.blocks != self._known[len(rows)]:
+                    self._know(len(rows), sequence.blocks)
+                rows.append(self._row(token, position, sequence.blocks))
         self._columns[:, len(rows) :] = np.array(self._padding)[:, None]
         self._columns[:, : len(rows)] = np.array(rows).T
         for row in range(len(rows), len(self._known)):
             self._tables[row, 0] = self._padding[2] // self._block_tokens
             self._known[row] = []
         self._upload()
+        return len(rows)
 
     def _row(self, token: int, position: int, blocks: list[int]) -> tuple[int, int, int, int]:
         block, offset = divmod(position, self._block_tokens)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from serving.engine.native import FusedNumerics, NativeNumerics
 from serving.engine.numerics import Numerics
 from serving.engine.place import Communicator, Place, Rehearsed
 from serving.engine.sampler import sample, warm_up
-from serving.engine.step import StepTensors
+from serving.engine.step import StepTensors, on_device
 
 
 class ShardModel:
@@ -97,8 +99,10 @@ class ShardModel:
         """
         if self._graphs is not None and (recorded := self._graphs.step_for(plan)) is not None:
             output = recorded.run(plan, hidden)
+            if output is None or self.place.last:
+                return output if output is None else _sampled(output, plan)
             # Activations may still be on their way to the next stage when the next step begins.
-            return output if output is None or self.place.last else output.clone()
+            return output.clone()
         step = StepTensors.of(
             plan,
             block_tokens=self._cache.block_tokens,
@@ -124,6 +128,15 @@ def _run_layers(decoder: Decoder, place: Place, step: StepTensors, hidden: Tenso
     if hidden is None:
         raise ValueError("a stage after the first needs the activations of the stage before it")
     return decoder.run_layers(hidden, step)
+
+
+def _sampled(logits: Tensor, plan: StepPlan) -> Tensor | None:
+    """Of logits of all rows of a plan those that are wanted."""
+    last = list(accumulate(len(sequence.tokens) for sequence in plan.sequences))
+    wanted = [row - 1 for row, sequence in zip(last, plan.sequences, strict=True) if sequence.sampling is not None]
+    if len(wanted) == len(logits):
+        return logits
+    return logits.index_select(0, on_device(np.array(wanted, np.int64), logits.device)) if wanted else None
 
 
 def _decoding(decoder: Decoder, place: Place) -> Compute:

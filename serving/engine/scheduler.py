@@ -78,7 +78,7 @@ class Scheduler:
         return self._allocator.allocate(count) if self._allocator.can_allocate(count) else None
 
     def claim(self, blocks: Sequence[int]) -> None:
-        """Take exactly these blocks for a request whose KV is in them. Raises `ValueError` if one is not free."""
+        """Take exactly these blocks for requests whose KV is in them. Raises `ValueError` if one is not free."""
         self._allocator.claim(blocks)
 
     def release(self, blocks: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from serving.engine.batch import SequenceStep, StepPlan
 from serving.engine.blocks import blocks_for
 
 _MASK_ELEMENTS = 1 << 20  # query rows × context of one attention call
-_SHORT_TOKENS = 4  # of a sequence in a step: what has to be computed again after a loss, many sequences at once
+SHORT_TOKENS = 4  # of a sequence in a step: what has to be computed again after a loss, many sequences at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class _Grouping:
 
     def decode(self, pieces: Sequence[_Piece]) -> DecodeRows | None:
         """The rows of short pieces: keys and values of all of a step are there before anyone attends."""
-        short = [piece for piece in pieces if piece.tokens <= _SHORT_TOKENS]
+        short = [piece for piece in pieces if piece.tokens <= SHORT_TOKENS]
         if not short:
             return None
         found = [(piece.row + at, piece.start + at + 1, piece.blocks) for piece in short for at in range(piece.tokens)]
@@ -151,7 +151,7 @@ class _Grouping:
         for _, group in groupby([] if self.paged else decodes, key=lambda piece: piece.bucket):
             yield self._masked(list(group))
         for piece in pieces:
-            if piece.tokens <= (_SHORT_TOKENS if self.paged else 1):
+            if piece.tokens <= (SHORT_TOKENS if self.paged else 1):
                 continue
             if self._unmasked(piece):
                 yield self._group([piece], None)

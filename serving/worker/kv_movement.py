@@ -74,7 +74,8 @@ class KvMover:
     _slots: dict[tuple[int, int], tuple[Chunk, Tensor]] = field(default_factory=dict)
 
     def run(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces], *, share: float = 1.0) -> Traffic:
-        """Exchange everything; `share` as for `Rounds`. The seconds begin when it is known what is where.
+        """Exchange everything; `share` as for `Rounds`. The seconds are those from when it is known what is
+        where until it has come here.
 
         Raises `GroupBroken` if a peer is lost.
         """
@@ -90,8 +91,8 @@ class KvMover:
         began = time.monotonic()
         reading.pace(self.group, copies)
         traffic = Rounds(self.group, self, share).run(self._queues(send, self.read), self._queues(receive, self.write))
-        reading.finish(self.group, sources, shows)
         ended = time.monotonic()
+        reading.finish(self.group, sources, shows)
         known_ms, moved_ms = 1e3 * (began - asked), 1e3 * (ended - began)
         logger.debug("KV: %.1f ms to know what is where, %.1f to bring it", known_ms, moved_ms)
         sent = traffic.sent_bytes + sum(_bytes(one, self.read(one)) for one, _ in read_out)

@@ -91,8 +91,8 @@ class Leader(StepLoop):
     def adopt(self, adoptions: list[Adoption]) -> None:
         """Before `start`: take over requests whose KV is in the cache."""
         try:
-            for adoption in adoptions:
-                self._schedulers[adoption.replica].claim(adoption.blocks)
+            for replica, scheduler in self._schedulers.items():
+                scheduler.claim([block for one in adoptions if one.replica == replica for block in one.blocks])
         except ValueError as error:
             raise GroupBroken(f"blocks promised to requests: {error}") from error
         for adoption in adoptions:

@@ -86,7 +86,7 @@ class WeightMover:
         return by_peer
 
     def _exchange(self, sends: Mapping[int, list[Box]], receives: Mapping[int, list[Box]], share: float) -> Traffic:
-        """The seconds begin when it is known what is where."""
+        """The seconds are those from when it is known what is where until it has come here."""
         near = self.group.reads
         shows = {peer: [self._show(box) for box in boxes] for peer, boxes in sends.items() if near(peer)}
         sources = [peer for peer in receives if near(peer)]
@@ -100,12 +100,13 @@ class WeightMover:
             for some in (sends, receives)
         )
         traffic = Rounds(self.group, self, share).run(out, into)
+        ended = time.monotonic()
         reading.finish(self.group, sources, shows)
         sent, received = (
             sum(box.elements for peer, boxes in some.items() if near(peer) for box in boxes) * self.dtype.itemsize
             for some in (sends, receives)
         )
-        return Traffic(traffic.sent_bytes + sent, traffic.received_bytes + received, time.monotonic() - began)
+        return Traffic(traffic.sent_bytes + sent, traffic.received_bytes + received, ended - began)
 
     def _show(self, box: Box) -> Sight:
         return self.group.show(self.held[box.tensor].view(box))

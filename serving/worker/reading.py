@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from serving.worker.groups import Group
-from serving.worker.streams import mark
+from serving.worker.streams import beside_steps, mark
 
 _READ = b"read"
 _QUEUED = 3  # copies that the device has not done yet; more of them would be in the way of whoever decodes
@@ -32,8 +32,6 @@ def swap(group: Group, shown: Mapping[int, Sequence[T]], sources: Iterable[int],
 
 def finish(group: Group, sources: Iterable[int], readers: Iterable[int]) -> None:
     """All copies are done; tell their `sources`, and wait until `readers` have theirs. Raises `GroupBroken`."""
-    if group.device.type == "cuda":
-        torch.cuda.current_stream(group.device).synchronize()
     group.check()
     pending = [group.send_bytes(_READ, peer) for peer in sources]
     for peer in readers:
@@ -48,10 +46,11 @@ def pace(group: Group, copies: Iterable[Callable[[], None]]) -> None:
     Raises `GroupBroken` then.
     """
     queued: deque[torch.cuda.Event] = deque()
-    for copy in copies:
-        group.check()
-        copy()
-        if (done := mark(group.device)) is not None:
-            queued.append(done)
-        if len(queued) > _QUEUED:
-            queued.popleft().synchronize()
+    with beside_steps(group.device):
+        for copy in copies:
+            group.check()
+            copy()
+            if (done := mark(group.device)) is not None:
+                queued.append(done)
+            if len(queued) > _QUEUED:
+                queued.popleft().synchronize()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -21,9 +22,25 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
 
 def first(device: torch.device) -> AbstractContextManager[object]:
     """The block's kernels go before all others of this process: those of step loops, which share one stream."""
-    return torch.cuda.stream(_first(device)) if device.type == "cuda" else nullcontext()
+    return torch.cuda.stream(_first(device, "steps")) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def beside_steps(device: torch.device) -> Iterator[None]:
+    """The block's kernels, after what this thread has asked for, are no less urgent than those of steps: they are few,
+    and behind every step they would take many times as long. What follows waits for them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    around, own = torch.cuda.current_stream(device), _first(device, "copies")
+    own.wait_stream(around)
+    with torch.cuda.stream(own):
+        yield
+    around.wait_stream(own)
 
 
 @cache
-def _first(device: torch.device) -> torch.cuda.Stream:
+def _first(device: torch.device, use: str) -> torch.cuda.Stream:
+    """One for each use."""
     return torch.cuda.Stream(device, priority=FIRST)

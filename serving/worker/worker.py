@@ -42,7 +42,7 @@ from serving.worker.window import Windows
 
 logger = logging.getLogger(__name__)
 
-_REST_S = 0.002  # of a thread that records steps while another one of the process computes them
+_REST_S = 0.003  # of a thread that records steps while another one of the process computes them
 _BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
 
 
