@@ -47,6 +47,9 @@ class FreeModel:
             if one.sampling is not None
         ]
 
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
     def _keep_pace(self) -> None:
         now_s = time.monotonic()
         if now_s < self._due_s:

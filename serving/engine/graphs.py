@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,10 +23,19 @@ from serving.engine.step import SHORT_TOKENS, DecodeRows, StepTensors
 Compute = Callable[[StepTensors, Tensor | None], Tensor | None]
 """A step of one place: its tensors and the activations before it → activations or logits."""
 
-Replay = Callable[[], None]
 
-Record = Callable[[Callable[[], Tensor | None]], tuple[Replay, Tensor | None]]
-"""Turns a computation into its replay and its static output."""
+class Recording(Protocol):
+    """A computation that can be repeated; a CUDA graph is one."""
+
+    def replay(self) -> None:
+        """Compute again what is in the static buffers."""
+
+    def reset(self) -> None:
+        """Let go of it: it cannot be replayed any more."""
+
+
+Record = Callable[[Callable[[], Tensor | None]], tuple[Recording, Tensor | None]]
+"""Turns a computation into its recording and its static output."""
 
 _ALIGNED = 4  # ids that start on 16 bytes: other addresses would be compiled for once more
 
@@ -39,7 +49,7 @@ def graph_sizes(max_batch: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """The recordings of one place. `record` turns a computation into its replay and its static output.
+    """The recordings of one place.
 
     `width` is that of activations handed to `compute`, None for a first stage; `most_blocks` that of the
     longest block table. In `rehearsal` a computation waits for no other shard.
@@ -75,8 +85,13 @@ class DecodeGraphs:
             taken_ms[size] = (time.perf_counter() - begun) * 1e3
         return taken_ms
 
+    def close(self) -> None:
+        """Let go of all recordings one by one: left to the interpreter, they would go while it holds everybody up."""
+        for step in self._steps.values():
+            step.recording.reset()
+
     def step_for(self, plan: StepPlan) -> _RecordedStep | None:
-        """The smallest recording that holds a plan; None if that has too many rows, or more than a few of a sequence."""
+        """The smallest recording that holds a plan; None if its rows, or those of one sequence, are too many."""
         rows = sum(len(sequence.tokens) for sequence in plan.sequences)
         if any(len(sequence.tokens) > SHORT_TOKENS for sequence in plan.sequences):
             return None
@@ -98,7 +113,7 @@ class GraphRecorder:
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, compute: Callable[[], Tensor | None]) -> tuple[Replay, Tensor | None]:
+    def record(self, compute: Callable[[], Tensor | None]) -> tuple[Recording, Tensor | None]:
         """Run `compute` once in rehearsal, which compiles and loads kernels, then record it.
 
         Other threads may go on using the device: only this one's calls are watched. `torch.cuda.graph`
@@ -118,19 +133,19 @@ class GraphRecorder:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        return graph.replay, output
+        return graph, output
 
 
 class _RecordedStep:
-    def __init__(self, step: _StepBuffers, hidden: Tensor | None, replay: Replay, output: Tensor | None) -> None:
-        self._step, self._hidden, self._replay, self._output = step, hidden, replay, output
+    def __init__(self, step: _StepBuffers, hidden: Tensor | None, recording: Recording, output: Tensor | None) -> None:
+        self._step, self._hidden, self.recording, self._output = step, hidden, recording, output
 
     def run(self, plan: StepPlan, hidden: Tensor | None) -> Tensor | None:
         """The output's rows of the plan; valid until the next step of this place."""
         rows = self._step.fill(plan)
         if self._hidden is not None and hidden is not None:
             self._hidden[:rows].copy_(hidden)
-        self._replay()
+        self.recording.replay()
         return None if self._output is None else self._output[:rows]
 
 
@@ -157,12 +172,15 @@ class _StepBuffers:
 
     def fill(self, plan: StepPlan) -> int:
         """Put a plan of at most `size` rows in, which are counted; the rest become padding."""
-        rows: list[tuple[int, int, int, int]] = []
-        for sequence in plan.sequences:
-            for position, token in enumerate(sequence.tokens, start=sequence.start):
-                if sequence.blocks != self._known[len(rows)]:
-                    self._know(len(rows), sequence.blocks)
-                rows.append(self._row(token, position, sequence.blocks))
+        steps = [
+            (token, position, one.blocks)
+            for one in plan.sequences
+            for position, token in enumerate(one.tokens, start=one.start)
+        ]
+        for row, (_, _, blocks) in enumerate(steps):
+            if blocks != self._known[row]:
+                self._know(row, blocks)
+        rows = [self._row(*step) for step in steps]
         self._columns[:, len(rows) :] = np.array(self._padding)[:, None]
         self._columns[:, : len(rows)] = np.array(rows).T
         for row in range(len(rows), len(self._known)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -16,7 +17,8 @@ from serving.engine import host_memory
 from serving.engine.blocks import BlockAllocator, blocks_for
 from serving.engine.kernels import fused_on
 
-_UPLOAD_BYTES = 32 << 20  # that is copied to a GPU while as much is packed
+UPLOAD_BYTES = 16 << 20  # that is copied to a GPU at once
+UPLOADS = 3  # of these that are under way, while the next one is packed
 
 __all__ = ["BlockAllocator", "KvCache", "blocks_for", "slots", "slots_of"]
 
@@ -124,11 +126,16 @@ class KvCache:
         """`gather` from a log to a GPU: some tokens at a time, packed while those before are copied."""
         box = self._box(layers, heads)
         out = torch.empty(_tokens_first(box[:, :, : len(slots)]).shape, dtype=self.dtype, device=device)
-        most = max(1, _UPLOAD_BYTES * len(slots) // out.nbytes)
+        most = max(1, UPLOAD_BYTES * len(slots) // out.nbytes)
+        under_way: deque[torch.cuda.Event] = deque()
         for some, target in zip(slots.split(most), out.split(most), strict=True):
+            if len(under_way) == UPLOADS:
+                under_way.popleft().synchronize()
             pinned = torch.empty(target.shape, dtype=self.dtype, pin_memory=True)
             self._gather_runs(box, some, _planes_first(pinned))
             target.copy_(pinned, non_blocking=True)
+            under_way.append(torch.cuda.Event())
+            under_way[-1].record()
         return _planes_first(out).contiguous()
 
     def give_back(self) -> None:

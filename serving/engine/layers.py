@@ -14,7 +14,7 @@ from data.models import ModelSpec, Unit, unit_range
 from serving.engine.kv_cache import KvCache
 from serving.engine.native import attend_to_past
 from serving.engine.numerics import Linear, Numerics
-from serving.engine.place import Communicator, Place
+from serving.engine.place import Place, Rehearsed
 from serving.engine.step import DecodeRows, StepTensors
 
 Turn = tuple[Tensor, Tensor]
@@ -29,7 +29,7 @@ class Parts:
     place: Place
     weights: Mapping[str, Tensor]
     numerics: Numerics
-    comm: Communicator
+    comm: Rehearsed
 
     def vector(self, name: str) -> Tensor:
         """A weight as it is: a norm's scale, a table of positions."""
@@ -39,6 +39,7 @@ class Parts:
         """Linears with the same input side by side, as one: their outputs are concatenated."""
         weights = [self.weights[f"{name}.weight"] for name in names]
         biases = [self.weights[f"{name}.bias"] for name in names if f"{name}.bias" in self.weights]
+        self.comm.rest()
         return self.numerics.column_linear(_side_by_side(weights), _side_by_side(biases) if biases else None)
 
     def row_linear(self, name: str, unit: Unit) -> Linear:

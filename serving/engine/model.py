@@ -30,7 +30,8 @@ class ShardModel:
     """The layers of `place` with their weights, working on `cache`.
 
     `weights` come from `load_weights` (or from another place); `numerics` is `exact`, `native` or
-    `auto`. Exact numerics keep a rounded float64 copy of the matrices, made here.
+    `auto`. Exact numerics keep a rounded float64 copy of the matrices, made here. `rest_s` as for `Rehearsed`:
+    while this is made and warmed, others of the process have steps to compute.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class ShardModel:
         comm: Communicator,
         cache: KvCache,
         timeout_s: float = 20.0,
+        rest_s: float = 0.0,
     ) -> None:
         self.spec, self.place, self._cache, self._comm = spec, place, cache, Rehearsed(comm)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._rest_s = timeout_s, rest_s
         self._numerics = make_numerics(numerics, spec, cache.dtype, cache.device)
-        self._decoder = make_decoder(Parts(spec, place, weights, self._numerics, self._comm), cache)
+        with self._comm.resting(rest_s):
+            self._decoder = make_decoder(Parts(spec, place, weights, self._numerics, self._comm), cache)
         self._graphs: DecodeGraphs | None = None
 
     @property
@@ -61,9 +64,9 @@ class ShardModel:
         return sum(len(sequence.tokens) for sequence in plan.sequences)
 
     @torch.inference_mode()
-    def warm(self, sizes: Sequence[int], *, rest_s: float = 0.0) -> dict[int, float]:
+    def warm(self, sizes: Sequence[int]) -> dict[int, float]:
         """Record decode steps of these batch sizes, so that from now on they are replayed; milliseconds each took.
-        Also draws a token: what is loaded for that would hold the first step up. `rest_s` as for `Rehearsed`.
+        Also draws a token: what is loaded for that would hold the first step up.
 
         Collective over the shards, in any thread, before the first `forward` or between two; touches nobody's
         KV, and runs no kernel that waits for another shard: an older layout may be at work. Does nothing where
@@ -75,8 +78,13 @@ class ShardModel:
             self._graphs = self._recordings()
         if self.place.last and not self.place.shard:
             warm_up(self._cache.device, self.spec.vocab)
-        with self._comm.resting(rest_s):
+        with self._comm.resting(self._rest_s):
             return self._graphs.capture(sizes)
+
+    def close(self) -> None:
+        """No step is computed any more: let go of what is recorded."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     def _recordings(self, record: Record | None = None) -> DecodeGraphs:
         return DecodeGraphs(
@@ -100,7 +108,7 @@ class ShardModel:
         if self._graphs is not None and (recorded := self._graphs.step_for(plan)) is not None:
             output = recorded.run(plan, hidden)
             if output is None or self.place.last:
-                return output if output is None else _sampled(output, plan)
+                return output if output is None else sampled_rows(output, plan)
             # Activations may still be on their way to the next stage when the next step begins.
             return output.clone()
         step = StepTensors.of(
@@ -130,7 +138,7 @@ def _run_layers(decoder: Decoder, place: Place, step: StepTensors, hidden: Tenso
     return decoder.run_layers(hidden, step)
 
 
-def _sampled(logits: Tensor, plan: StepPlan) -> Tensor | None:
+def sampled_rows(logits: Tensor, plan: StepPlan) -> Tensor | None:
     """Of logits of all rows of a plan those that are wanted."""
     last = list(accumulate(len(sequence.tokens) for sequence in plan.sequences))
     wanted = [row - 1 for row, sequence in zip(last, plan.sequences, strict=True) if sequence.sampling is not None]

@@ -100,17 +100,21 @@ class Rehearsed:
 
     @contextmanager
     def resting(self, rest_s: float) -> Iterator[None]:
-        """At every exchange of the block its thread rests: another one of the process has tokens to deliver."""
+        """In every layer of the block its thread rests: another one of the process has tokens to deliver."""
         self._rest_s = rest_s
         try:
             yield
         finally:
             self._rest_s = 0.0
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """See `Communicator`."""
+    def rest(self) -> None:
+        """A moment for other threads, where this one should leave them some."""
         if self._rest_s:
             time.sleep(self._rest_s)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """See `Communicator`."""
+        self.rest()
         return tensor if self._silent else self._comm.all_reduce(tensor)
 
     def gather(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor | None:

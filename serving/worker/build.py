@@ -154,9 +154,10 @@ def _model_part(build: Build, role: Role, hosted: Hosted, tensors: Mapping[str, 
         comm=comm,
         cache=cache,
         timeout_s=build.timeout_s,
+        rest_s=build.rest_s,
     )
     # Twice as many rows: restored requests have a token or two to compute again, all of them in one step.
-    model.warm(graph_sizes(2 * hosted.max_batch), rest_s=build.rest_s)
+    model.warm(graph_sizes(2 * hosted.max_batch))
     return ModelPart(hosted, model, cache)
 
 

@@ -80,7 +80,6 @@ class KvMover:
         Raises `GroupBroken` if a peer is lost.
         """
         asked, own = time.monotonic(), self.world[self.group.rank]
-        self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
         outgoing, incoming = self._by_peer(sends, own), self._by_peer(receives, own)
         shows = {peer: [self._show(one) for one in some] for peer, some in outgoing.items() if self.group.reads(peer)}
         sources = [peer for peer in incoming if self.group.reads(peer)]
@@ -92,6 +91,7 @@ class KvMover:
         reading.pace(self.group, copies)
         traffic = Rounds(self.group, self, share).run(self._queues(send, self.read), self._queues(receive, self.write))
         ended = time.monotonic()
+        self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
         reading.finish(self.group, sources, shows)
         known_ms, moved_ms = 1e3 * (began - asked), 1e3 * (ended - began)
         logger.debug("KV: %.1f ms to know what is where, %.1f to bring it", known_ms, moved_ms)
@@ -103,8 +103,8 @@ class KvMover:
         """What this worker needs and has never touches the group."""
         for source, target in zip(sends, receives, strict=True):
             if (cache := self.read(source)).device.type == self.write(target).device.type:
-                for copy in self._copies(target, cache.cells(source.layers, source.heads), source.spans):
-                    copy()
+                cells = cache.cells(source.layers, source.heads)
+                reading.pace(self.group, self._copies(target, cells, source.spans))
                 continue
             pairs = zip(self._chunks(source, self.read), self._chunks(target, self.write), strict=True)
             for ours, theirs in pairs:

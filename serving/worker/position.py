@@ -35,6 +35,9 @@ class StepModel(Protocol):
     def draw(self, logits: Tensor | None, plan: StepPlan) -> list[SampledToken]:
         """The tokens drawn from the logits."""
 
+    def close(self) -> None:
+        """No step is computed any more."""
+
 
 def _open(plan: StepPlan) -> None:
     """The gate of a part whose steps wait for nothing."""

@@ -41,7 +41,7 @@ def finish(group: Group, sources: Iterable[int], readers: Iterable[int]) -> None
 
 
 def pace(group: Group, copies: Iterable[Callable[[], None]]) -> None:
-    """Start copies, a few ahead of the device. What is abandoned meanwhile is not copied any further.
+    """Copy, asking for a few ahead of the device. What is abandoned meanwhile is not copied any further.
 
     Raises `GroupBroken` then.
     """
@@ -54,3 +54,5 @@ def pace(group: Group, copies: Iterable[Callable[[], None]]) -> None:
                 queued.append(done)
             if len(queued) > _QUEUED:
                 queued.popleft().synchronize()
+        if queued:
+            queued[-1].synchronize()

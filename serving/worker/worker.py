@@ -42,7 +42,7 @@ from serving.worker.window import Windows
 
 logger = logging.getLogger(__name__)
 
-_REST_S = 0.003  # of a thread that records steps while another one of the process computes them
+_REST_S = 0.002  # of a thread that records steps while another one of the process computes them
 _BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
 
 
@@ -432,7 +432,15 @@ def _tell_state(post: Callable[[m.Message], None], replica: int, complete: bool)
 
 def _clear_aside(things: list[Any]) -> None:
     """Destroy what only this list holds in a thread of its own: taking a NCCL group down takes a second."""
-    threading.Thread(target=things.clear, name="clear", daemon=True).start()
+    threading.Thread(target=_clear, args=(things,), name="clear", daemon=True).start()
+
+
+def _clear(things: list[Any]) -> None:
+    while things:
+        thing = things.pop()
+        if isinstance(thing, StepLoop) and not thing.is_alive():
+            for part in thing.position.parts:
+                part.model.close()
 
 
 def retained(held: dict[str, HeldTensor], needed: dict[str, HeldTensor]) -> dict[str, HeldTensor]:

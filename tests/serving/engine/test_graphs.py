@@ -16,10 +16,10 @@ from serving.engine.batch import SequenceStep, StepPlan
 from serving.engine.graphs import DecodeGraphs, graph_sizes
 from serving.engine.kv_cache import KvCache
 from serving.engine.layers import Parts
-from serving.engine.model import ShardModel, make_numerics
+from serving.engine.model import ShardModel, make_numerics, sampled_rows
 from serving.engine.models import make_decoder
-from serving.engine.place import Place, SoloCommunicator
-from serving.engine.step import StepTensors
+from serving.engine.place import Place, Rehearsed, SoloCommunicator
+from serving.engine.step import SHORT_TOKENS, StepTensors
 from serving.requests import Sampling
 from tests.serving.engine.cells import extract, insert
 
@@ -61,16 +61,30 @@ def decode(*starts: int, blocks: Sequence[Sequence[int]], token: int = 3) -> Ste
     )
 
 
-def rerun(compute: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
+def step(key: int, start: int, count: int, blocks: list[int]) -> SequenceStep:
+    """`count` tokens of a sequence, the last of which is sampled."""
+    return SequenceStep(key, start, list(range(start, start + count)), blocks, Sampling(), 0)
+
+
+@dataclass
+class Rerun:
     """In place of a recording where there is no device: compute again into the same output."""
+
+    compute: Callable[[], Tensor | None]
+    output: Tensor | None
+
+    def replay(self) -> None:
+        again = self.compute()
+        if self.output is not None and again is not None:
+            self.output.copy_(again)
+
+    def reset(self) -> None:
+        pass
+
+
+def rerun(compute: Callable[[], Tensor | None]) -> tuple[Rerun, Tensor | None]:
     output = compute()
-
-    def replay() -> None:
-        again = compute()
-        if output is not None and again is not None:
-            output.copy_(again)
-
-    return replay, output
+    return Rerun(compute, output), output
 
 
 @dataclass
@@ -84,7 +98,9 @@ class Part:
         heads = self.place.kv_heads(SPEC)
         self.cache = KvCache(self.place.layers, heads, SPEC.head_dim, BLOCKS, BLOCK_TOKENS, torch.float32, self.device)
         numerics = make_numerics("native", SPEC, torch.float32, self.device)
-        parts = Parts(SPEC, self.place, random_weights(self.place, self.device), numerics, SoloCommunicator())
+        parts = Parts(
+            SPEC, self.place, random_weights(self.place, self.device), numerics, Rehearsed(SoloCommunicator())
+        )
         self.decoder = make_decoder(parts, self.cache)
         width = None if self.place.first else SPEC.hidden
         record = None if self.device.type == "cuda" else rerun
@@ -137,6 +153,7 @@ def test_replayed_steps_are_the_eager_ones_and_leave_the_rest_of_the_cache_alone
         decode(4, 7, 1, blocks=[[5, 11], [2, 9], [0]]),
         decode(8, blocks=[[2, 9, 1]]),
         decode(2, 3, blocks=[[0], [7]]),
+        StepPlan(5, [step(1, 3, 3, [0, 4]), step(2, 8, 1, [2, 9, 1])], []),  # one of them catches up
     ]
     for plan in plans:
         expected = other.eager(plan)
@@ -152,7 +169,11 @@ def test_stages_hand_activations_through_static_buffers(whole: Part, kernel_devi
     for part in (first, last):  # the parts draw other numbers; give them the whole model's
         own = {name: weights[name] for name in random_weights(part.place, kernel_device)}
         parts = Parts(
-            SPEC, part.place, own, make_numerics("native", SPEC, torch.float32, kernel_device), SoloCommunicator()
+            SPEC,
+            part.place,
+            own,
+            make_numerics("native", SPEC, torch.float32, kernel_device),
+            Rehearsed(SoloCommunicator()),
         )
         part.decoder = make_decoder(parts, part.cache)
         part.capture(2)
@@ -163,16 +184,22 @@ def test_stages_hand_activations_through_static_buffers(whole: Part, kernel_devi
         torch.testing.assert_close(last.replayed(plan, hidden), whole.eager(plan))
 
 
-def test_only_decode_rows_that_are_sampled_fit(whole: Part) -> None:
-    whole.capture(2)
+def test_few_rows_of_each_sequence_fit(whole: Part) -> None:
+    whole.capture(2, SHORT_TOKENS + 1)
     fits = decode(3, 6, blocks=[[5], [2, 9]])
-    assert whole.graphs.step_for(fits) is not None
-    assert whole.graphs.step_for(decode(3, 6, 1, blocks=[[5], [2, 9], [0]])) is None
-    one = fits.sequences[0]
-    chunk = SequenceStep(one.key, one.start, [1, 2], [5, 6], one.sampling, 0)
-    silent = SequenceStep(one.key, one.start, one.tokens, one.blocks, None, 0)
-    for odd in (chunk, silent):
-        assert whole.graphs.step_for(StepPlan(1, [odd])) is None
+    assert whole.graphs.step_for(fits) is whole.graphs.step_for(StepPlan(1, [step(1, 3, 2, [5, 6])]))
+    assert whole.graphs.step_for(StepPlan(1, [step(1, 3, SHORT_TOKENS, [5, 6])])) is not None
+    assert whole.graphs.step_for(StepPlan(1, [step(1, 3, SHORT_TOKENS + 1, [5, 6])])) is None
+    assert whole.graphs.step_for(StepPlan(1, [step(key, 3, 3, [key]) for key in range(2)])) is None
+
+
+def test_only_logits_that_are_wanted_are_returned() -> None:
+    logits = torch.arange(6.0)[:, None]
+    silent = SequenceStep(9, 0, [1], [7], None, 0)
+    plan = StepPlan(1, [step(1, 3, 2, [5]), silent, step(2, 8, 3, [6])])
+    assert sampled_rows(logits, plan).flatten().tolist() == [1.0, 5.0]  # type: ignore[union-attr]
+    assert sampled_rows(logits[:1], StepPlan(1, [silent])) is None
+    assert sampled_rows(logits[:2], StepPlan(1, [step(1, 3, 1, [5]), step(2, 8, 1, [6])])) is not None
 
 
 def test_sizes_are_captured_once(whole: Part) -> None:

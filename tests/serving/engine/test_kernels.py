@@ -162,6 +162,25 @@ def test_rows_of_a_cache_are_packed_and_unpacked(
     assert torch.equal(everything(target), before)  # nothing else was touched
 
 
+@pytest.mark.parametrize(("layers", "heads"), [((2, 5), (0, 3)), ((3, 4), (1, 2))])
+def test_rows_are_copied_from_cache_to_cache(
+    layers: tuple[int, int], heads: tuple[int, int], kernel_device: torch.device
+) -> None:
+    source, target = (several_layers(kernel_device) for _ in range(2))
+    there, here = (torch.tensor(slots, device=kernel_device) for slots in ([3, 4, 5, 21, 0], [7, 1, 20, 2, 9]))
+    expected = everything(target)
+    box = slice(layers[0] - 2, layers[1] - 2), slice(None), here.cpu(), slice(*heads)
+    expected[box] = source.gather(there, layers, heads).to(expected.device)
+    target.copy_rows(source.cells(layers, heads), there, here, layers, heads)
+    assert torch.equal(everything(target), expected)
+
+
+def test_rows_are_packed_token_by_token(kernel_device: torch.device) -> None:
+    source = several_layers(kernel_device)
+    slots = torch.tensor([3, 21, 0], device=kernel_device)
+    assert torch.equal(source.pack(slots), source.gather(slots, (2, 5), (0, 3)).permute(2, 0, 1, 3, 4))
+
+
 def several_layers(device: torch.device) -> KvCache:
     cache = KvCache((2, 5), (0, 3), 24, 6, BLOCK_TOKENS, torch.bfloat16, device)
     for layer in range(2, 5):
