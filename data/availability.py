@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,15 @@ class AvailabilityTrace:
         """Most usable instances at any time."""
         return max(count for _, count in self.counts)
 
+    @property
+    def zones(self) -> dict[str, AvailabilityTrace]:
+        """The same for each zone that instances are named for (see `in_zone`); "" is that of the others."""
+        named: dict[str, list[Change]] = {}
+        for change in self.changes:
+            for zone, group in groupby(sorted(change.instances, key=zone_of), key=zone_of):
+                named.setdefault(zone, []).append(replace(change, instances=tuple(group)))
+        return {zone: replace(self, changes=tuple(changes)) for zone, changes in sorted(named.items())}
+
     def usable(self, time_s: float) -> frozenset[str]:
         """Names of the instances that are usable at `time_s`, changes at that moment included."""
         alive: set[str] = set()
@@ -92,16 +101,37 @@ class AvailabilityTrace:
         return frozenset(alive)
 
 
-def read_availability(path: FilePath) -> dict[str, AvailabilityTrace]:
+def in_zone(zone: str, instance: str) -> str:
+    """The name of an instance in a zone; in none, its own."""
+    return f"{zone}/{instance}" if zone else instance
+
+
+def zone_of(instance: str) -> str:
+    """The zone that an instance is named for; "" if its name has none."""
+    return instance.rpartition("/")[0]
+
+
+def joined(name: str, zones: Mapping[str, AvailabilityTrace]) -> AvailabilityTrace:
+    """One trace of what was recorded in several zones together; each stays as it was last seen until all end."""
+    end_s = max(trace.duration_s for trace in zones.values())
+    changes = [
+        replace(change, instances=tuple(in_zone(zone, one) for one in change.instances))
+        for zone, trace in zones.items()
+        for change in trace.changes
+    ]
+    return AvailabilityTrace(name, tuple(sorted(changes, key=lambda change: change.time_s)), end_s)
+
+
+def read_availability(path: FilePath, **keys: str) -> dict[str, AvailabilityTrace]:
     """The traces of a file in any of the formats below, told apart by the first line.
 
-    Raises `InvalidInput` for a table of many traces, of which `read_skypilot` chooses one.
+    Of a table of many traces `keys` choose one, as for `read_skypilot`; `InvalidInput` where they do not.
     """
     start = first_line(path).lstrip("\ufeff").strip()
     if start.startswith("{"):
         return read_spotserve_cases(path)
     if "t_seconds" in start:
-        trace = read_skypilot(path)
+        trace = read_skypilot(path, **keys)
     else:
         trace = read_parcae(path) if "t_ms" in start else read_spotserve(path)
     return {trace.name: trace}
@@ -141,10 +171,11 @@ def read_parcae(path: FilePath) -> AvailabilityTrace:
 
 
 def read_skypilot(path: FilePath, **keys: str) -> AvailabilityTrace:
-    """One trace of SkyPilot's change points (Wu et al., NSDI 2024), chosen by `kind`, `nodes`, `run`, `zone`
+    """A trace of SkyPilot's change points (Wu et al., NSDI 2024), chosen by `kind`, `nodes`, `run`, `zone`
     and `instance`: columns of these names, `t_seconds` and `value`, the count from then on.
 
-    Raises `InvalidInput` unless the keys given select exactly one trace.
+    What differs in its zone alone is one trace of several zones. Raises `InvalidInput` unless the keys given select
+    exactly one.
     """
     unknown = set(keys) - set(_SKYPILOT_KEYS)
     if unknown:
@@ -154,11 +185,22 @@ def read_skypilot(path: FilePath, **keys: str) -> AvailabilityTrace:
         if all(record.fields.get(key) == value for key, value in keys.items()):
             identity = tuple(str(record.fields.get(key, "")) for key in _SKYPILOT_KEYS)
             chosen.setdefault(identity, []).append((record.number("t_seconds"), record.integer("value")))
-    if len(chosen) != 1:
+    if len({_without_zone(identity) for identity in chosen}) != 1:
         some = "; ".join("/".join(identity) for identity in list(chosen)[:3])
         raise InvalidInput(f"{keys} selects {len(chosen)} traces of {path}{': ' + some if some else ''}; select one")
-    ((identity, points),) = chosen.items()
-    return _trace(path, "/".join(identity), list(_from_counts(points)), 0.0)
+    traces = {
+        identity: _trace(path, "/".join(identity), list(_from_counts(points)), 0.0)
+        for identity, points in chosen.items()
+    }
+    identity, *others = traces
+    if not others:
+        return traces[identity]
+    zone = _SKYPILOT_KEYS.index("zone")
+    return joined("/".join(_without_zone(identity)), {one[zone]: trace for one, trace in traces.items()})
+
+
+def _without_zone(identity: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part for key, part in zip(_SKYPILOT_KEYS, identity, strict=True) if key != "zone")
 
 
 # An event as all formats say it: seconds, operation, nodes, required rate if it changes.

@@ -1,4 +1,4 @@
-"""Workloads and availability traces drawn from a seed: equal seeds give equal values."""
+"""Workloads drawn from a seed: equal seeds give equal values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 
-from data.availability import AvailabilityTrace, Change
 from data.errors import InvalidInput
 from data.workload import Request, Workload
 
@@ -117,57 +116,3 @@ def _power(logs: Vector, cv: float) -> float:
         if high > 1e9:
             raise InvalidInput(f"{len(logs)} gaps with ties cannot have a CV of {cv:g}; draw more")
     return float(brentq(excess, 0.0, high, xtol=1e-15, rtol=1e-14))
-
-
-def synthetic_availability(
-    seed: int,
-    *,
-    duration_s: float,
-    instances: int,
-    most: int,
-    removals_per_h: float,
-    mean_group: float = 1.4,
-    return_after_s: float = 120.0,
-    notice_s: float = 30.0,
-    kill_share: float = 0.1,
-    least: int = 0,
-    name: str = "synthetic",
-) -> AvailabilityTrace:
-    """A fleet of `instances` that loses groups at Poisson times and gets them back.
-
-    Groups are geometric with mean `mean_group`; a share `kill_share` of them goes without notice; what was
-    lost returns, as new instances, an exponential time of mean `return_after_s` later. The fleet stays
-    between `least` and `most`.
-    """
-    if not least <= instances <= most or mean_group < 1 or not 0 <= kill_share <= 1:
-        raise InvalidInput("the fleet needs least ≤ instances ≤ most, groups of at least 1 and a share within 0 … 1")
-    generator = np.random.default_rng(seed)
-    alive = [f"i{index}" for index in range(instances)]
-    changes = [Change(0.0, "add", tuple(alive))]
-    born = instances
-    for at_s, wanted in _events(generator, duration_s, removals_per_h, mean_group, return_after_s):
-        if wanted < 0:
-            gone = min(-wanted, len(alive) - least)
-            taken = sorted(int(index) for index in generator.permutation(len(alive))[:gone])
-            notice = 0.0 if generator.random() < kill_share else min(notice_s, at_s)
-            change = Change(at_s, "remove", tuple(alive[index] for index in taken), notice)
-            alive = [one for index, one in enumerate(alive) if index not in taken]
-        else:
-            new = [f"i{born + index}" for index in range(min(wanted, most - len(alive)))]
-            born, alive, change = born + len(new), alive + new, Change(at_s, "add", tuple(new))
-        if change.instances:
-            changes.append(change)
-    return AvailabilityTrace(name, tuple(changes), duration_s)
-
-
-def _events(
-    generator: np.random.Generator, duration_s: float, removals_per_h: float, mean_group: float, return_after_s: float
-) -> list[tuple[float, int]]:
-    """Times and signed sizes of the removals and of the returns that follow them, in order of time."""
-    count = int(generator.poisson(removals_per_h * duration_s / 3600))
-    times = generator.uniform(0, duration_s, count)
-    sizes = generator.geometric(1 / mean_group, count)
-    returns = times + generator.exponential(return_after_s, count)
-    events = [(float(at), -int(size)) for at, size in zip(times, sizes, strict=True)]
-    events += [(float(at), int(size)) for at, size in zip(returns, sizes, strict=True)]
-    return sorted(event for event in events if event[0] < duration_s)

@@ -25,8 +25,9 @@ from flows.publish import Published, publish
 from flows.registry import CHAMPION, Registry, Release
 from flows.summary import FitError, frontier_rows, summary_markdown
 from flows.tracking import place
-from planning.availability import fit
+from planning.availability_fit import fit
 from planning.book import Policy, build_book
+from planning.charges import charged
 from planning.costs import CostModel, holdout_error
 from planning.journey import Outlook
 
@@ -39,7 +40,8 @@ class PlanRequest(BaseModel):
 
     `cluster` is a `ClusterSpec` as JSON, `allowed` the (stages, shards) to choose from (None: all),
     `tokens_per_request` what KV space is sized for (None: the reference request). For the policy `journey`,
-    `availability` is a file with a trace to fit how instances come and go (empty: `planning.journey.mild`), and
+    `availability` is a file with a trace to fit how instances come and go (empty: `planning.journey.mild`), of a table
+    of many the one that `select` names, `charges` what changes take beside bytes (`planning.charges`), and
     `waiting_usd_h` what an hour of a request's waiting is worth beside rent. With `promote` the new version
     becomes champion.
     """
@@ -55,6 +57,8 @@ class PlanRequest(BaseModel):
     slo_s: float | None = None
     policy: Policy = "perennial"
     availability: str = ""
+    select: dict[str, str] = Field(default_factory=dict)
+    charges: dict[str, float] = Field(default_factory=dict)
     waiting_usd_h: float = 20.0
     most_batch: int = 8
     allowed: list[tuple[int, int]] | None = None
@@ -136,10 +140,11 @@ def build(measured: Profile, request: PlanRequest) -> PlanBook:
 
 def outlook(request: PlanRequest) -> Outlook:
     """What a journey counts on. Raises `InvalidInput` or `CorruptData` for a trace that says too little."""
+    charges, traffic = charged(request.charges)
     if not request.availability:
-        return Outlook(waiting_usd_h=request.waiting_usd_h)
-    traces = read_availability(request.availability)
-    return Outlook(fit(list(traces.values())), waiting_usd_h=request.waiting_usd_h)
+        return Outlook(None, charges, traffic, request.waiting_usd_h)
+    traces = read_availability(request.availability, **request.select)
+    return Outlook(fit(list(traces.values())), charges, traffic, request.waiting_usd_h)
 
 
 def write_book(book: PlanBook, folder: Path) -> Path:

@@ -17,9 +17,9 @@ from data.catalog import instance_type, published_profile
 from data.cluster import InstanceType
 from data.errors import InvalidInput
 from data.profile import Profile
-from data.synthesis import synthetic_availability
 from data.workload import Workload, read_workload
-from planning.availability import RECORDED, Process, fit
+from planning.availability import RECORDED, Process, generate, steady
+from planning.availability_fit import fit
 from planning.costs import CostModel
 from planning.mixing import Market, Mixing, solve_mixing
 from planning.spot_policy import Book, Load, build
@@ -38,8 +38,10 @@ DEFAULT_POLICIES = [
 ]
 # Dollars for a second of a request's latency, to draw the frontier with.
 LATENCY_USD = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.05)
-# Losses per hour of the synthetic fleets: as often as in SpotServe's segments, and three times as often.
-SYNTHETIC = {"calm": 12.0, "stormy": 36.0}
+# Losses per instance and hour of the synthetic fleets: as often as in SpotServe's segments, and three times as often.
+SYNTHETIC = {"calm": 2.0, "stormy": 6.0}
+_RETURN_S = 180.0
+_ALONG = 0.05  # chance of each other instance of a zone to go with one that is lost
 _FLOORS = Path(__file__).resolve().parent.parent
 
 
@@ -47,10 +49,12 @@ class EvaluateRequest(BaseModel):
     """What to simulate; everything has a default.
 
     `profile` is a folder of one's own measurements (without: `model` of the published profile), `availability` files of
-    traces (without: synthetic fleets of about `instances`), `workload` a file of requests (without: Gamma
+    traces (of tables of many the one that `select` names; without: synthetic fleets of about `instances` in so many
+    `zones`), `workload` a file of requests (without: Gamma
     arrivals with `cv`). `rate_rps` is the rate of arrivals: of a workload, of the published profile, or 1.
     Prices of 0 are those of `instance_type` in the catalog; `latency_usd` is what a second of a request's latency is
-    held to cost where instances are bought for it. `input_tokens` and `output_tokens` are used with a profile.
+    held to cost where instances are bought for it, `miss_usd` a request that takes longer than `slo_s`. `input_tokens`
+    and `output_tokens` are used with a profile.
     """
 
     model: str = "20B"
@@ -58,6 +62,8 @@ class EvaluateRequest(BaseModel):
     instance_type: str = ""
     instances: int = Field(default=8, ge=1)
     availability: list[str] = Field(default_factory=list)
+    select: dict[str, str] = Field(default_factory=dict)
+    zones: int = Field(default=1, ge=1)
     workload: str = ""
     duration_s: float = Field(default=1800.0, gt=0)
     rate_rps: float | None = Field(default=None, gt=0)
@@ -67,6 +73,8 @@ class EvaluateRequest(BaseModel):
     spot_usd_h: float = Field(default=0.0, ge=0)
     on_demand_usd_h: float = Field(default=0.0, ge=0)
     latency_usd: float = Field(default=0.01, gt=0)
+    slo_s: float | None = Field(default=None, gt=0)
+    miss_usd: float = Field(default=0.0, ge=0)
     policies: list[str] = Field(default=DEFAULT_POLICIES, min_length=1)
     seeds: int = Field(default=3, ge=1)
     workers: int = Field(default=2, ge=1)
@@ -102,10 +110,10 @@ def make_study(request: EvaluateRequest) -> Study:
     """Read the files, fit the availability process and solve our policy. Raises `InvalidInput`, `CorruptData`."""
     traces = _traces(request)
     workload = _workload(request, max(trace.duration_s for trace in traces.values()))
-    load = _load(request, workload)
+    load = replace(_load(request, workload), slo_s=request.slo_s)
     model = _model(request, load, workload)
     most = max(*(trace.most for trace in traces.values()), model.wanted)
-    process = replace(_process(list(traces.values())), most=most)
+    process = _process(list(traces.values())).sized(most)
     book = build(model.costs, process, load)
     mixings = _mixings(request, book, process, model) if "perennial-mixed" in request.policies else {}
     recorded = np.array([one.arrival_s for one in workload.requests]) if workload else None
@@ -117,30 +125,22 @@ def _mixings(request: EvaluateRequest, book: Book, process: Process, model: Mode
     """Policies by the price of a second, that of the request first."""
     market = Market(model.kind.price_spot_usd_h / 3600, model.kind.price_on_demand_usd_h / 3600)
     prices = dict.fromkeys((request.latency_usd, *LATENCY_USD))
-    return {usd: solve_mixing(book, process, market, usd, model.wanted) for usd in prices}
+    miss = request.miss_usd
+    return {usd: solve_mixing(book, process, market, usd, model.wanted, miss_usd=miss) for usd in prices}
 
 
 def _traces(request: EvaluateRequest) -> dict[str, AvailabilityTrace]:
     found: dict[str, AvailabilityTrace] = {}
     for file in request.availability:
-        found.update(read_availability(file))
+        found.update(read_availability(file, **request.select))
     if request.availability:
         return {name: trace for name, trace in found.items() if trace.most and trace.duration_s}
     most = request.instances + max(request.instances // 4, 1)
-    return {
-        name: synthetic_availability(
-            seed,
-            duration_s=request.duration_s,
-            instances=request.instances,
-            most=most,
-            removals_per_h=losses,
-            return_after_s=180.0,
-            least=request.instances // 2,
-            kill_share=0.0,
-            name=name,
-        )
-        for seed, (name, losses) in enumerate(SYNTHETIC.items())
-    }
+    fleets = {}
+    for seed, (name, losses) in enumerate(SYNTHETIC.items()):
+        process = steady(most, losses / 3600, 1 / _RETURN_S, along=_ALONG, zones=request.zones)
+        fleets[name] = replace(generate(process, seed, request.duration_s, request.instances), name=name)
+    return fleets
 
 
 def _workload(request: EvaluateRequest, duration_s: float) -> Workload | None:

@@ -53,7 +53,7 @@ def build_book(
         return Search(costs, objective, Limits(memory_bytes, most_batch, allowed, tokens_per_request, arrival_cv))
 
     book = PlanBook(spec, cluster, objective, policy, profile_sha256, ())
-    changes = Changes(costs, cluster.types[0], objective, outlook.charges)
+    changes = Changes(costs, cluster.types[0], objective, outlook.charges, outlook.traffic)
     if policy == "journey" or policy == "hysteresis":
         found = plan_journey(search(cluster.types[0].memory_bytes), changes, cluster, objective, outlook, policy)
         book = replace(book, plans=found.plans, moves=found.moves, assumptions=found.assumptions)

@@ -20,6 +20,7 @@ from data.explanation import Move
 from data.layout import ParallelConfig
 from data.models import ModelSpec, tensors
 from data.plan import Objective
+from planning.charges import Traffic
 from planning.costs import CostModel
 from planning.options import lost_s
 from planning.simulation.serving_perennial import Charges
@@ -30,10 +31,17 @@ _SAMPLE = 16  # instances that a pair of shapes is worked out for; roles repeat 
 
 
 class Changes:
-    """Changes between configurations of one model. `charges` are what they take beside bytes."""
+    """Changes between configurations of one model. `charges` say what they take beside bytes, `traffic` of bytes."""
 
-    def __init__(self, costs: CostModel, kind: InstanceType, objective: Objective, charges: Charges) -> None:
-        self._costs, self._kind, self._charges = costs, kind, charges
+    def __init__(
+        self,
+        costs: CostModel,
+        kind: InstanceType,
+        objective: Objective,
+        charges: Charges,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self._costs, self._kind, self._charges, self._traffic = costs, kind, charges, traffic or Traffic()
         self._spec = spec = costs.spec
         tokens = objective.input_tokens + objective.output_tokens // 2
         self._kv_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * costs.kv_element_bytes * tokens
@@ -66,6 +74,11 @@ class Changes:
         slowed = lost_s(running, prepare_s=move.prepare_s, slowdown=self._charges.slowdown)
         return slowed + lost_s(running * share, pause_s=move.pause_s + late_s)
 
+    def price_usd(self, move: Move, running: float) -> float:
+        """Dollars for the bytes of a move: weights, and the KV of `running` requests as far as it has to go."""
+        kv_bytes = running * stopping_share(move.now, move.then) * self._kv_bytes
+        return (move.moved_bytes + kv_bytes) / 1e9 * self._traffic.usd_per_gb
+
     def start_s(self, config: ParallelConfig) -> float:
         """Seconds until a configuration serves where nothing runs: workers start and read their weights from disk."""
         roles = _roles(self._spec, self._sample(config), self._kind.devices, config.shards)
@@ -78,8 +91,8 @@ class Changes:
         return self._charges.prepare_s + max(self._transfer_s(most), self._transfer_s(moved / sources)) / share
 
     def _transfer_s(self, size_bytes: float) -> float:
-        if not self._costs.links:
-            return size_bytes / self._kind.network_bytes_per_s
+        if self._traffic.link_bytes_per_s or not self._costs.links:
+            return size_bytes / (self._traffic.link_bytes_per_s or self._kind.network_bytes_per_s)
         return self._costs.transfer_s(round(size_bytes), "network")
 
     def _weights(self, now: ParallelConfig, then: ParallelConfig) -> tuple[float, float]:

@@ -18,8 +18,9 @@ from data.errors import InvalidInput
 from data.explanation import Candidate, Move
 from data.layout import ParallelConfig
 from data.plan import Objective, Plan
-from planning.availability import Process
+from planning.availability import Process, steady
 from planning.changes import Changes
+from planning.charges import Traffic
 from planning.configs import Search, compared
 from planning.options import NOTHING_S, Option, as_problem, shortlist
 from planning.policy import Ints, Matrix, Problem, decide, settled
@@ -35,12 +36,13 @@ _LEAST_RPS = 1 / 3600  # plans for no requests at all are made for one an hour
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a journey counts on: how instances come and go (default: `mild`), what changes take beside bytes, and
-    what an hour of a request's waiting is worth in dollars, beside which rent is weighed.
+    """What a journey counts on: how instances come and go (default: `mild`), what changes take beside bytes and for
+    them, and what an hour of a request's waiting is worth in dollars, beside which rent and traffic are weighed.
     """
 
     process: Process | None = None
     charges: Charges = field(default_factory=Charges)
+    traffic: Traffic = field(default_factory=Traffic)
     waiting_usd_h: float = 20.0
 
     def __post_init__(self) -> None:
@@ -58,9 +60,8 @@ class Journey:
 
 
 def mild(most: int) -> Process:
-    """A fleet of which each instance is lost once in eight hours, and a missing one comes back in ten minutes."""
-    groups = {1: 0.85, 2: 0.15}
-    return Process(most, 1 / (8 * 3600), 1 / 600, groups, groups)
+    """An instance is lost once in eight hours, seldom with others, and a missing one comes back in ten minutes."""
+    return steady(most, 1 / (8 * 3600), 1 / 600, along=0.02)
 
 
 def plan_journey(
@@ -78,7 +79,7 @@ def plan_journey(
             "give a fleet of one type, or choose the policy perennial"
         )
     (kind,), (most,) = cluster.types, cluster.most
-    process = replace(outlook.process, most=most) if outlook.process else mild(most)
+    process = outlook.process.sized(most) if outlook.process else mild(most)
     rate = max(objective.required_rps, _LEAST_RPS)
     costs = _Costs(search, changes, kind, rate, objective.slo_s, outlook.waiting_usd_h)
     options = shortlist(map(costs.option, search.largest_batches(most * kind.devices)), _MOST_OPTIONS)
@@ -132,7 +133,9 @@ class _Costs:
             moving[0, there] = self.rate_rps * self.changes.start_s(new.layout.config) ** 2 / 2
             for here, old in enumerate(options, 1):
                 if here != there:
-                    moving[here, there] = self.changes.cost_s(self.move(old, new), self._running(old))
+                    move, running = self.move(old, new), self._running(old)
+                    waiting_s = self.changes.price_usd(move, running) / self.waiting_usd_h * 3600
+                    moving[here, there] = self.changes.cost_s(move, running) + waiting_s
         return moving
 
     def _running(self, option: Option[Candidate]) -> float:
@@ -194,10 +197,12 @@ class _Book:
 
 
 def _assumptions(process: Process, outlook: Outlook, average: float) -> str:
-    lost, come = process.loss_per_instance_s * 3600, process.gain_s * 3600
-    fleet = f"an instance is lost {lost:.3g} times an hour, {come:.3g} times an hour some come while fewer than"
+    lost, come = process.loss_s * 3600, process.gain_s * 3600
+    zones, regimes = len(process.zones), len(process.switching)
     source = "" if outlook.process else " (an assumption; give a trace to fit)"
+    seen = f"{zones} zone{'s' * (zones > 1)} and {regimes} regime{'s' * (regimes > 1)}{source}"
     return (
-        f"{fleet} {process.most} are there{source}; an hour of waiting is worth {outlook.waiting_usd_h:g} dollars; "
+        f"each of {process.most} instances is lost {lost:.3g} times an hour and comes {come:.3g} times an hour if it "
+        f"is missing, in {seen}; an hour of waiting is worth {outlook.waiting_usd_h:g} dollars; "
         f"{average:.4g} requests are then in the system on average, rent and changes included"
     )

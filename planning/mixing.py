@@ -3,8 +3,8 @@
 A Markov decision process over (spot instances that the market has, spot and on-demand instances held, layout in
 force). The market is `planning.availability.Process`; what is lost of it hits the instances held and the others
 alike. At every change an *option* is chosen: so many of each kind, and a layout that needs them, or one or two fewer.
-The average of latency cost and dollars is minimised by Howard's policy iteration (M. L. Puterman, Markov Decision
-Processes, 1994, §11.2); costs are dollars, a second of a request's latency having a price.
+The average cost is minimised by Howard's policy iteration (M. L. Puterman, Markov Decision Processes, 1994, §11.2);
+costs are dollars: for instances, for each second of a request's latency, and for each request beyond its limit.
 """
 
 from __future__ import annotations
@@ -97,14 +97,21 @@ class Mixing:
         return self.layouts[layout - 1] if layout else None
 
 
-def solve_mixing(book: Book, process: Process, market: Market, latency_usd: float, most_on_demand: int = 8) -> Mixing:
-    """The policy of least average cost if a second of a request's latency is worth `latency_usd`.
+def solve_mixing(
+    book: Book, process: Process, market: Market, latency_usd: float, most_on_demand: int = 8, miss_usd: float = 0.0
+) -> Mixing:
+    """The policy of least average cost if a second of a request's latency costs `latency_usd`, a late one `miss_usd`.
 
-    Raises `InvalidInput` beyond `MOST_INSTANCES`.
+    Raises `InvalidInput` beyond `MOST_INSTANCES`, and for late requests if the book was made without a limit.
     """
     if process.most > MOST_INSTANCES:
         raise InvalidInput(f"mixing is decided for at most {MOST_INSTANCES} instances, not {process.most}")
-    problem = _Problem.of(book, process, market, latency_usd, most_on_demand)
+    if miss_usd and not book.late_rps:
+        raise InvalidInput("a late request has a price but no request is late without a limit; give one in seconds")
+    serving = book.problem.serving * latency_usd
+    if miss_usd:
+        serving = serving + np.array(book.late_rps) * miss_usd
+    problem = _Problem.of(book, process, market, (serving, book.problem.moving * latency_usd), most_on_demand)
     choice = problem.best(np.zeros((process.most + 1, len(problem.options))))
     average, bias = problem.evaluate(choice)
     for _ in range(_ROUNDS):
@@ -132,13 +139,14 @@ class _Problem:
     events: _Events
 
     @classmethod
-    def of(cls, book: Book, process: Process, market: Market, latency_usd: float, most_on_demand: int) -> _Problem:
-        """Latency and transitions as the book charges them, in dollars."""
-        numbers = _useful(book)
+    def of(
+        cls, book: Book, process: Process, market: Market, dollars: tuple[Matrix, Matrix], most_on_demand: int
+    ) -> _Problem:
+        """`dollars` are what serving costs per second with each option of the book, and what transitions cost."""
+        needed = book.problem.fits.argmax(axis=0)
+        numbers = _useful(needed, dollars[0])
         layouts = tuple(book.layouts.targets[number - 1] for number in numbers[1:])
-        serving = book.problem.serving[numbers] * latency_usd
-        moving = book.problem.moving[np.ix_(numbers, numbers)] * latency_usd
-        needed = book.problem.fits.argmax(axis=0)[numbers]
+        needed, serving, moving = needed[numbers], dollars[0][numbers], dollars[1][np.ix_(numbers, numbers)]
         hired = min(most_on_demand, process.most)
         options = _options(needed, process.most, hired)
         size = process.most + 1, hired + 1, len(needed)
@@ -183,12 +191,12 @@ class _Problem:
         return float(solution[size]), solution[:size].reshape(counts, options)
 
 
-def _useful(book: Book) -> list[int]:
+def _useful(needed: Ints, serving: Matrix) -> list[int]:
     """Nothing, and layouts that no other one with as few instances beats; by instances."""
-    needed, kept, best = book.problem.fits.argmax(axis=0), [0], np.inf
-    for number in sorted(range(1, len(needed)), key=lambda one: (needed[one], book.problem.serving[one])):
-        if book.problem.serving[number] < best:
-            best = book.problem.serving[number]
+    kept, best = [0], np.inf
+    for number in sorted(range(1, len(needed)), key=lambda one: (needed[one], serving[one])):
+        if serving[number] < best:
+            best = serving[number]
             kept.append(number)
     return kept
 
@@ -226,28 +234,25 @@ def _going(
 def _events(process: Process, options: tuple[Option, ...], size: tuple[int, int, int]) -> _Events:
     """Losses take of the instances held as many as chance will have it; what is new can be had at once."""
     found: list[tuple[int, float, int, int]] = []
+    rates = process.rates()
     for count in range(process.most + 1):
         for number, one in enumerate(options):
             if one.spot > count:
                 continue
             row = count * len(options) + number
-            for rate, later, still in _changes(process, count, one.spot):
+            for rate, later, still in _changes(rates[count], count, one.spot):
                 state = int(np.ravel_multi_index((still, one.on_demand, one.layout), size))
                 found.append((row, rate, later, state))
     rows, rates, counts, states = (np.array(column) for column in zip(*found, strict=True))
     return _Events(rows, rates, counts, states)
 
 
-def _changes(process: Process, count: int, spot: int) -> list[tuple[float, int, int]]:
+def _changes(row: Matrix, count: int, spot: int) -> list[tuple[float, int, int]]:
     """(per second, count after, spot instances still held or new) of what can happen to the market."""
     found = []
-    for group, share in process.loss_groups.items():
-        lost = min(group, count)
+    for after in (int(index) for index in np.flatnonzero(row)):
+        lost = max(count - after, 0)
         for hit in range(max(lost - (count - spot), 0), min(lost, spot) + 1):
             chance = comb(spot, hit) * comb(count - spot, lost - hit) / comb(count, lost)
-            found.append((share * count * process.loss_per_instance_s * chance, count - lost, spot - hit))
-    if count < process.most:
-        for group, share in process.gain_groups.items():
-            new = min(group, process.most - count)
-            found.append((share * process.gain_s, count + new, spot + new))
-    return [event for event in found if event[0] > 0]
+            found.append((float(row[after]) * chance, after, spot - hit + max(after - count, 0)))
+    return found

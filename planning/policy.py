@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix, lil_matrix
+from scipy.sparse import coo_matrix
 from scipy.sparse.linalg import splu
 
 from data.errors import Infeasible
@@ -137,6 +137,7 @@ def _most_often(problem: Problem, often: Matrix) -> Ints:
     fallback = myopic(problem).choice
     now = np.arange(options)[None, :]
     fallback = np.where(problem.fits & (now > 0), np.minimum(now, options - 1), fallback)
+    often = np.where(problem.fits[:, None, :], often, 0.0)  # a solver keeps to what fits but for its tolerance
     seen = often.sum(axis=2) > 1e-12
     return np.where(seen, often.argmax(axis=2), fallback).astype(np.int64).reshape(counts, options)
 
@@ -164,21 +165,20 @@ def iterate(problem: Problem) -> Solution:
 def evaluate(problem: Problem, choice: Ints) -> tuple[float, Matrix]:
     """Average cost per second of a policy, and the bias of every state (n, option in force)."""
     counts, options = problem.fits.shape
-    size = counts * options
-    system, constant = lil_matrix((size + 1, size + 1)), np.zeros(size + 1)
     leaving = problem.rates.sum(axis=1)
     now = np.arange(options)
-    for count in range(counts):
-        rows = count * options + now
-        system[rows, rows] = leaving[count]
-        system[rows, size] = 1.0
-        constant[rows] = problem.serving
-        for after in np.flatnonzero(problem.rates[count]):
-            chosen = choice[after]
-            rate = problem.rates[count, after]
-            for option in now:
-                system[rows[option], after * options + chosen[option]] -= rate
-            constant[rows] += rate * problem.moving[now, chosen]
-    system[size, (counts - 1) * options] = 1.0
-    solution = splu(csr_matrix(system).tocsc()).solve(constant)
-    return float(solution[size]), solution[:size].reshape(counts, options)
+    cost = problem.serving + problem.rates @ problem.moving[now, choice]
+    # Equations only of states that a choice leads to; the bias of the others follows.
+    state = np.arange(counts)[:, None] * options + choice
+    entered, column = np.unique(state, return_inverse=True)
+    column, size = column.reshape(counts, options), len(entered)
+    here, option = np.divmod(entered, options)
+    row, after = np.nonzero(problem.rates[here])
+    rows = np.concatenate([np.arange(size), row, np.arange(size), [size]])
+    columns = np.concatenate([np.arange(size), column[after, option[row]], np.full(size, size), [size - 1]])
+    values = np.concatenate([leaving[here], -problem.rates[here[row], after], np.ones(size), [1.0]])
+    system = coo_matrix((values, (rows, columns)), shape=(size + 1, size + 1)).tocsc()
+    solution = splu(system).solve(np.append(cost[here, option], 0.0))
+    average = float(solution[size])
+    bias = (cost - average + problem.rates @ solution[column]) / leaving[:, None]
+    return average, bias

@@ -36,13 +36,29 @@ def worth_restoring(kv_bytes: int, tokens: int, rates: Rates) -> bool:
     return kv_bytes / rates.link_bytes_per_s < tokens / rates.prefill_tokens_per_s
 
 
-def holder(own: str, candidates: Sequence[tuple[str, int]], after: int = 0) -> int | None:
+def apart(here: str, there: str) -> bool:
+    """Whether two instances are known to be in different zones; "" is a zone that nobody told."""
+    return bool(here and there and here != there)
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Who could keep copies: the instance, its zone ("": not told), and how many copies it keeps already."""
+
+    instance: str
+    zone: str
+    load: int
+
+
+def holder(own: str, zone: str, candidates: Sequence[Keeper], after: int = 0) -> int | None:
     """Index of the candidate that keeps the copies of an instance `own`; None if all are on that instance.
 
-    Candidates are (instance, copies kept already). The least loaded is taken; among equals the next one
-    in the ring, counted from `after`.
+    One in another zone comes before all others, for zones fail as a whole; then the least loaded is taken, and
+    among equals the next one in the ring, counted from `after`.
     """
     ring = [
-        (load, (index - after) % len(candidates), index) for index, (name, load) in enumerate(candidates) if name != own
+        (not apart(zone, one.zone), one.load, (index - after) % len(candidates), index)
+        for index, one in enumerate(candidates)
+        if one.instance != own
     ]
-    return min(ring)[2] if ring else None
+    return min(ring)[-1] if ring else None

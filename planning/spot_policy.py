@@ -10,6 +10,7 @@ from data.placement import Shape
 from planning.availability import Process
 from planning.options import NOTHING_S, Option, as_problem, lost_s, shortlist
 from planning.policy import Problem, Rule, Solution, decide
+from planning.queueing import late_share
 from planning.simulation.serving_perennial import MOST_REPLICAS, Charges, Policy, Target
 from planning.simulation.serving_steps import Service
 from planning.static_batch import OUTPUT_TOKENS, StaticBatchProfile
@@ -21,10 +22,11 @@ _SEEDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests per second and the coefficient of variation of the gaps between them."""
+    """Requests per second, the coefficient of variation of the gaps between them, and the latency limit, if any."""
 
     rate_rps: float
     cv: float
+    slo_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,15 @@ class Layouts:
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """A solved policy over layouts: `target` is its lookup, `explain` what it was chosen from."""
+    """A solved policy over layouts: `target` is its lookup, `explain` what it was chosen from.
+
+    `late_rps` are the requests per second beyond the limit with each option, nothing first; empty without a limit.
+    """
 
     layouts: Layouts
     problem: Problem
     solution: Solution
+    late_rps: tuple[float, ...] = ()
 
     def target(self, instances: int, now: Target | None) -> Target | None:
         """What to run on so many instances if `now` runs."""
@@ -79,7 +85,24 @@ def build(
     """The policy for one model on a fleet of one instance type."""
     layouts = find_layouts(costs, process.most, load)
     problem = decision_problem(costs, process, load, layouts, charges or Charges())
-    return Book(layouts, problem, decide(problem, rule))
+    late_rps = () if load.slo_s is None else (load.rate_rps, *_late_rps(costs, layouts, load, load.slo_s))
+    return Book(layouts, problem, decide(problem, rule), late_rps)
+
+
+def _late_rps(costs: StepCosts, layouts: Layouts, load: Load, slo_s: float) -> list[float]:
+    """Requests per second that are served later than the limit: whose wait leaves too little for their service.
+
+    As in `planning.configs`: the servers of the queue are the seats of full replicas, and who is served shares its
+    replica with as many as there are on average (Little's law).
+    """
+    found = []
+    for (shape, replicas), mean_s in zip(layouts.targets, layouts.mean_s, strict=True):
+        times = costs.times(shape)
+        together = min(max(round(load.rate_rps * mean_s / replicas), 1), times.room)
+        service_s = float(times.through_s[1] + OUTPUT_TOKENS * times.decode_s[together])
+        full_s, seats = times.room / _capacity(costs, shape), replicas * times.room
+        found.append(load.rate_rps * late_share(load.rate_rps, full_s, seats, slo_s - service_s, arrival_cv=load.cv))
+    return found
 
 
 def find_layouts(costs: StepCosts, most: int, load: Load) -> Layouts:

@@ -28,6 +28,7 @@ class AgentHello(Message):
     type: str
     devices: int
     pid: int
+    zone: str = ""
 
 
 class WorkerHello(Message):

@@ -82,13 +82,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InstanceInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance as the controller sees it; `leaving_s` counts down to its announced end."""
+    """An instance as the controller sees it; `leaving_s` counts down to its announced end, `zone` may be ""."""
 
     instance: str
     type: str
     devices: int
     state: Literal["joining", "ready", "leaving", "lost"]
     leaving_s: float | None = None
+    zone: str = ""
 
 
 class PositionInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from benchmarks.spotserve_simulation import ARRIVALS, read_fleet, read_traces
 from data.availability import AvailabilityTrace, Change, read_spotserve_cases
 from data.catalog import instance_type
 from data.placement import Shape
-from planning.availability import fit, fit_p_value
+from planning.availability_fit import fit
 from planning.simulation.serving_perennial import Target
 from planning.spot_policy import Book, Load, Rule, build
 from planning.step_costs import StepCosts
@@ -43,7 +43,8 @@ class Inputs:
         entries = json.loads((folder / "profiles.json").read_text(encoding="utf-8"))["profiles"]
         self.kind = instance_type("g4dn.12xlarge")
         self.traces = read_traces(folder)
-        self.full = _started(read_spotserve_cases(folder / "trace_g4dn_full.json")["trace_g4dn_full"])
+        recording = read_spotserve_cases(folder / "trace_g4dn_full.json")["trace_g4dn_full"]
+        self.full = replace(started(recording), name="g4dn, 10.6 h")
         self.process = fit([self.full])
         self.arrival_s: dict[str, Times] = {name: arrays[ARRIVALS[name]] for name in MODELS}
         self.models = {}
@@ -56,18 +57,15 @@ class Inputs:
             )
         self.book = cache(self._book)
 
-    def _book(self, model: str, cv: float = PUBLISHED_CV, most: int = 12, rule: Rule = "optimal") -> Book:
+    def _book(
+        self, model: str, cv: float = PUBLISHED_CV, most: int = 12, rule: Rule = "optimal", slo_s: float | None = None
+    ) -> Book:
         one = self.models[model]
-        return build(one.costs, replace(self.process, most=most), Load(one.rate_rps, cv), rule)
+        return build(one.costs, self.process.sized(most), Load(one.rate_rps, cv, slo_s), rule)
 
     def panel(self, model: str, trace: str) -> Case:
         """A panel of the paper."""
         return Case(self.models[model], self.traces[trace], self.arrival_s[model], self.book(model))
-
-    @property
-    def fit_p_value(self) -> float:
-        """How well the availability process describes the recording."""
-        return fit_p_value(self.process, [self.full])
 
 
 def long_arrivals(arrival_s: Times, duration_s: float) -> Times:
@@ -76,11 +74,8 @@ def long_arrivals(arrival_s: Times, duration_s: float) -> Times:
     return np.cumsum(np.tile(gaps, int(duration_s / arrival_s[-1]) + 1))
 
 
-def _started(trace: AvailabilityTrace) -> AvailabilityTrace:
-    first = Change(0.0, "add", tuple(sorted(trace.usable(_FULL_START_S))))
-    later = [
-        replace(change, time_s=change.time_s - _FULL_START_S)
-        for change in trace.changes
-        if change.time_s > _FULL_START_S
-    ]
-    return AvailabilityTrace("g4dn, 10.6 h", (first, *later), trace.duration_s - _FULL_START_S)
+def started(trace: AvailabilityTrace, at_s: float = _FULL_START_S) -> AvailabilityTrace:
+    """The trace from `at_s` on, with whoever is up then at its start."""
+    first = Change(0.0, "add", tuple(sorted(trace.usable(at_s))))
+    later = [replace(change, time_s=change.time_s - at_s) for change in trace.changes if change.time_s > at_s]
+    return AvailabilityTrace(trace.name, (first, *later), trace.duration_s - at_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -77,15 +77,8 @@ def run(inputs: Inputs, seeds: int, progress: Progress) -> Result:
 
 
 def _process(inputs: Inputs) -> Result:
-    one = inputs.process
-    return {
-        "most": one.most,
-        "loss_per_instance_h": one.loss_per_instance_s * 3600,
-        "gain_h": one.gain_s * 3600,
-        "loss_groups": {str(size): share for size, share in one.loss_groups.items()},
-        "gain_groups": {str(size): share for size, share in one.gain_groups.items()},
-        "p_value": inputs.fit_p_value,
-    }
+    """Whether it describes the recording is `benchmarks.availability`'s to say."""
+    return asdict(inputs.process)
 
 
 def shown(outcome: Outcome) -> Result:
@@ -253,7 +246,7 @@ def _books(inputs: Inputs, progress: Progress) -> Iterator[Result]:
             progress(f"book of {model} for {most} instances")
             one = inputs.models[model]
             begun = time.perf_counter()
-            book = build(one.costs, replace(inputs.process, most=most), Load(one.rate_rps, 0.1))
+            book = build(one.costs, inputs.process.sized(most), Load(one.rate_rps, 0.1))
             took = time.perf_counter() - begun
             begun = time.perf_counter()
             for count in range(1000):

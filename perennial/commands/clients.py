@@ -96,7 +96,8 @@ def _print_status(info: ServerInfo) -> None:
     version = f" version {info.plan_version}" if info.plan_version else ""
     console.print(f"plan {info.plan_source}{version} ({info.plan_sha256[:12]})")
     console.print(f"{info.running} running, {info.waiting} waiting, KV {info.kv_usage:.0%} in use")
-    table = Table("instance", "type", "state", "positions")
+    zoned = any(one.zone for one in info.instances)
+    table = Table("instance", "type", *["zone"] * zoned, "state", "positions")
     for one in info.instances:
         held = [
             f"{position.model}{':' if position.model else ''}r{position.replica}·p{position.stage}·t{position.shard}"
@@ -104,5 +105,6 @@ def _print_status(info: ServerInfo) -> None:
             if position.device.rpartition("/")[0] == one.instance
         ]
         leaving = f" ({one.leaving_s:.1f} s left)" if one.leaving_s is not None else ""
-        table.add_row(one.instance, one.type, f"{one.state}{leaving}", ", ".join(held) or "spare")
+        zone = [one.zone] if zoned else []
+        table.add_row(one.instance, one.type, *zone, f"{one.state}{leaving}", ", ".join(held) or "spare")
     console.print(table)

@@ -96,6 +96,14 @@ def plan(
     slo: Annotated[float | None, typer.Option(help="Latency limit in seconds.")] = None,
     policy: Annotated[str, typer.Option(help="perennial, journey, hysteresis or spotserve.")] = "perennial",
     availability: Annotated[str, typer.Option(help="For journey: a trace of instances to fit.")] = "",
+    select: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE to choose from a table of many traces, as nodes=16-node."),
+    ] = None,
+    charge: Annotated[
+        list[str] | None,
+        typer.Option(help="For journey: NAME=VALUE of what changes take, e.g. cut_s=0.5; see planning.charges."),
+    ] = None,
     waiting_usd_h: Annotated[float, typer.Option(help="For journey: what an hour of waiting is worth.")] = 20.0,
     max_batch: Annotated[int, typer.Option(help="Most requests a replica runs at once.")] = 8,
     device: Device = "cpu",
@@ -137,6 +145,8 @@ def plan(
         slo_s=slo,
         policy=policy,
         availability=str(Path(availability).absolute()) if availability else "",
+        select=pairs(select),
+        charges=pairs(charge),
         waiting_usd_h=waiting_usd_h,
         most_batch=max_batch,
         promote=promote,
@@ -200,6 +210,17 @@ def valid(kind: type[Request], **fields: Any) -> Request:
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}") from error
+
+
+def pairs(fields: list[str] | None) -> dict[str, str]:
+    """What KEY=VALUE options say. Raises `InvalidInput` for one without a key or a value."""
+    found = {}
+    for field in fields or ():
+        key, equals, value = field.partition("=")
+        if not (key and equals and value):
+            raise InvalidInput(f"{field!r} does not name a key and its value; write KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def _cluster(path: Path | None, type_name: str, instances: int, memory_mb: float) -> ClusterSpec:

@@ -80,6 +80,7 @@ def agent(
         str, typer.Option(help="Address of this machine at which the workers of others reach its.")
     ] = "127.0.0.1",
     token_file: Annotated[Path | None, typer.Option(help="Join token; by default the one of this home.")] = None,
+    zone: Annotated[str, typer.Option(help="Where this machine is; copies of its KV are kept in another zone.")] = "",
     notices: Annotated[
         str, typer.Option(help="Who announces the end: aws, gcp, azure, ray, file:PATH; separated by commas.")
     ] = "",
@@ -108,6 +109,6 @@ def agent(
     file.write_bytes(serving_settings.dump(configuration))
     command = [sys.executable, "-m", "serving.agent", "--settings", str(file.absolute()), "--instance", instance]
     command += ["--type", type_name, "--devices", str(devices), "--controller", controller]
-    command += ["--notices", notices, "--grace-s", str(grace_s)]
+    command += ["--zone", zone, "--notices", notices, "--grace-s", str(grace_s)]
     # The agent takes the place of this process, so that its signals and its exit code are those of the command.
     os.execv(sys.executable, command)

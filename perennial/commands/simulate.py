@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from perennial.commands.planning import require, valid
+from perennial.commands.planning import pairs, require, valid
 
 if TYPE_CHECKING:
     from profiling.campaign import Progress as Step
@@ -28,6 +28,11 @@ def simulate(
     availability: Annotated[
         list[str] | None, typer.Option(help="File of when instances come and go, in any format of data.availability.")
     ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE to choose from a table of many traces, as nodes=16-node."),
+    ] = None,
+    zones: Annotated[int, typer.Option(help="Zones of a synthetic fleet; losses are correlated within one.")] = 1,
     workload: Annotated[str, typer.Option(help="File of requests: Azure, Mooncake or BurstGPT.")] = "",
     policies: Annotated[str, typer.Option(help="Names with commas between them; `all` for every one.")] = "",
     seeds: Annotated[int, typer.Option(help="Of synthetic arrivals; a workload is its own only one.")] = 3,
@@ -45,6 +50,8 @@ def simulate(
     spot_price: Annotated[float, typer.Option(help="Dollars per hour of a spot instance; 0: the catalog's.")] = 0.0,
     on_demand_price: Annotated[float, typer.Option(help="The same of an on-demand instance.")] = 0.0,
     latency_price: Annotated[float, typer.Option(help="Dollars that a second of a request's latency is worth.")] = 0.01,
+    slo: Annotated[float | None, typer.Option(help="Latency limit in seconds, for --miss-price.")] = None,
+    miss_price: Annotated[float, typer.Option(help="Dollars that a request beyond --slo costs.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the page and the numbers.")] = None,
     workers: Annotated[int, typer.Option(help="Simulations at once; 0: as many as there are cores.")] = 0,
 ) -> None:
@@ -60,6 +67,8 @@ def simulate(
     request = valid(
         EvaluateRequest,
         availability=[str(Path(file).absolute()) for file in availability or ()],
+        select=pairs(select),
+        zones=zones,
         workload=str(Path(workload).absolute()) if workload else "",
         policies=list(SYSTEMS) if named == ["all"] else named or DEFAULT_POLICIES,
         seeds=seeds,
@@ -75,6 +84,8 @@ def simulate(
         spot_usd_h=spot_price,
         on_demand_usd_h=on_demand_price,
         latency_usd=latency_price,
+        slo_s=slo,
+        miss_usd=miss_price,
         workers=workers or cpu_count() or 1,
         home=str(settings.home.absolute()),
         registry=settings.registry_uri,

@@ -43,6 +43,7 @@ def main() -> int:
     for name in ("settings", "instance", "type", "controller"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--zone", default="", help="where the instance is; copies of its KV are kept elsewhere")
     parser.add_argument("--notices", default="", help="aws, gcp, azure, ray, file:PATH; separated by commas")
     parser.add_argument("--grace-s", type=float, default=30.0, help="left at SIGTERM, or when a source does not say")
     parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
@@ -58,6 +59,7 @@ def main() -> int:
         arguments.controller,
         arguments.settings,
         arguments.grace_s,
+        arguments.zone,
     )
     try:
         _check(identity)

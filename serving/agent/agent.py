@@ -24,7 +24,10 @@ _LONGEST_RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this agent is and where its controller listens; `grace_s` is the notice that SIGTERM gives."""
+    """Who this agent is and where its controller listens; `grace_s` is the notice that SIGTERM gives.
+
+    Instances of one `zone` are likelier to go together than others; "" if nobody told.
+    """
 
     instance: str
     type: str
@@ -32,6 +35,7 @@ class Identity:
     controller: str
     settings_file: str
     grace_s: float = 30.0
+    zone: str = ""
 
 
 class Dismissed(PerennialError):
@@ -97,7 +101,9 @@ class Agent:
         timeouts, identity = self._settings.timeouts, self._identity
         connection = await join(
             identity.controller,
-            m.AgentHello(self._settings.token, identity.instance, identity.type, identity.devices, os.getpid()),
+            m.AgentHello(
+                self._settings.token, identity.instance, identity.type, identity.devices, os.getpid(), identity.zone
+            ),
             frame_bytes=self._settings.capacity.frame_bytes,
             timeout_s=timeouts.join_s,
             silence_s=timeouts.controller_gone_s,

@@ -1,4 +1,5 @@
-"""Who keeps copies of whose KV: every rank's go to another instance, the least burdened first.
+"""Who keeps copies of whose KV: every rank's go to another instance, of another zone if there is one, the least
+burdened first.
 
 Copies of replicas that are no more stay until those of the replicas that followed are complete: a request
 that is hit in between goes on from the older copy.
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from data.layout import Device
-from planning.restoration import holder
+from planning.restoration import Keeper, apart, holder
 from serving import messages as m
 from serving.controller.dispatch import Replica
 
@@ -33,6 +34,9 @@ class Workers(Protocol):
     def kv_address(self, device: Device) -> str:
         """Where a connected worker keeps copies."""
 
+    def zone(self, device: Device) -> str:
+        """The zone of its instance; "" if nobody told."""
+
 
 class Copies:
     """The holder of every rank's KV, whose copies are complete, and which may be dropped."""
@@ -48,16 +52,28 @@ class Copies:
         """See that every rank of the live replicas has a holder that is here and stays, if there is one."""
         ranks = {(replica.number, device) for replica in replicas for device in replica.devices}
         staying = self._workers.usable_devices()
-        self._holders = {rank: one for rank, one in self._holders.items() if rank in ranks and one in staying}
+        self._holders = {
+            rank: one
+            for rank, one in self._holders.items()
+            if rank in ranks and one in staying and not self._exposed(rank[1], one, staying)
+        }
         self._complete &= self._holders.keys()
         for rank in sorted(ranks - self._holders.keys()):
             self._choose(rank, staying)
+
+    def _exposed(self, device: Device, keeper: Device, staying: Sequence[Device]) -> bool:
+        """Whether a rank's copies are in its own zone although there is another. What it has stays until others are."""
+        zone = self._workers.zone
+        return not apart(zone(device), zone(keeper)) and any(apart(zone(device), zone(one)) for one in staying)
 
     def _choose(self, rank: tuple[int, Device], staying: Sequence[Device]) -> None:
         number, device = rank
         loads = Counter(self._holders.values())
         after = sum(other <= device for other in staying)
-        index = holder(device.instance, [(one.instance, loads[one]) for one in staying], after)
+        zone = self._workers.zone
+        index = holder(
+            device.instance, zone(device), [Keeper(one.instance, zone(one), loads[one]) for one in staying], after
+        )
         if index is None:
             return
         self._holders[rank] = staying[index]

@@ -79,6 +79,7 @@ class InstanceState:
     dismissed: bool = False
     advised: bool = False
     announced: bool = False
+    zone: str = ""
 
     @property
     def complete(self) -> bool:
@@ -165,6 +166,11 @@ class Membership:
         """Where a connected worker keeps copies of others' KV."""
         return self.instances[device.instance].workers[device.index].kv_address
 
+    def zone(self, device: Device) -> str:
+        """The zone that the device's agent named; "" if it named none or is not here."""
+        instance = self.instances.get(device.instance)
+        return instance.zone if instance else ""
+
     def send(self, device: Device, message: m.Message) -> None:
         """Send to a worker; silently dropped if it is gone (its loss is reported on its own)."""
         instance = self.instances.get(device.instance)
@@ -187,7 +193,14 @@ class Membership:
         for name, one in sorted(self.instances.items()):
             left = None if one.leaving_at is None else max(0.0, one.leaving_at - now)
             state = "leaving" if left is not None else "ready" if one.complete else "joining"
-            yield InstanceInfo(instance=name, type=one.type, devices=one.devices, state=state, leaving_s=left)  # type: ignore[arg-type]
+            yield InstanceInfo(
+                instance=name,
+                type=one.type,
+                devices=one.devices,
+                state=state,  # type: ignore[arg-type]
+                leaving_s=left,
+                zone=one.zone,
+            )
 
     # -- changes ----------------------------------------------------------------------------------
 
@@ -291,6 +304,7 @@ class Membership:
     async def _serve_agent(self, hello: m.AgentHello, member: Member) -> None:
         instance = self._instance(hello.instance)
         instance.type, instance.devices, instance.agent = hello.type, hello.devices, member
+        instance.zone = hello.zone
         reason = "its connection was dropped"
         try:
             self._announce(instance)

@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.availability import (
     AvailabilityTrace,
     Change,
+    in_zone,
     read_availability,
     read_parcae,
     read_skypilot,
     read_spotserve,
     read_spotserve_cases,
+    zone_of,
 )
 from data.errors import CorruptData, InvalidInput
 
@@ -153,11 +157,26 @@ def test_one_trace_of_skypilot(tmp_path: Path) -> None:
     assert trace.name == "availability/1-node/r/z1/v100_1"
     assert trace.counts == ((0, 0), (60, 3), (120, 1))
     with pytest.raises(InvalidInput, match="selects 2 traces"):
-        read_skypilot(path)
+        read_skypilot(write(tmp_path / "u.csv", SKYPILOT + "availability,4-node,r,z1,v100_1,60,0,5\n"), zone="z1")
     with pytest.raises(InvalidInput, match="selects 0 traces"):
         read_skypilot(path, zone="nowhere")
     with pytest.raises(InvalidInput, match="colour cannot select"):
         read_skypilot(path, colour="red")
+
+
+def test_zones_of_one_run_are_one_trace(tmp_path: Path) -> None:
+    trace = read_skypilot(write(tmp_path / "t.csv", SKYPILOT))
+    assert trace.name == "availability/1-node/r/v100_1"
+    assert trace.counts == ((0, 5), (60, 8), (120, 6))
+    zones = trace.zones
+    assert {zone: one.counts for zone, one in zones.items()} == {"z1": ((0, 0), (60, 3), (120, 1)), "z2": ((0, 5),)}
+    assert {zone_of(name) for name in trace.usable(60)} == {"z1", "z2"}
+    assert trace.duration_s == zones["z2"].duration_s == 120
+
+
+@given(st.text("ab/-1"), st.text("ab-1", min_size=1))
+def test_names_tell_zones(zone: str, instance: str) -> None:
+    assert zone_of(in_zone(zone, instance)) == zone
 
 
 @shared
@@ -195,6 +214,8 @@ def test_formats_are_told_apart_by_the_first_line(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         (trace,) = read_availability(tmp_path / name).values()
         assert trace.counts == ((0.0, 2), (5.0, 1)), name
-    (tmp_path / "points.csv").write_text("kind,nodes,run,zone,instance,t_seconds,value\nk,1,1,z,i,0,1\nk,1,1,y,i,0,1\n")
+    (tmp_path / "points.csv").write_text("kind,nodes,run,zone,instance,t_seconds,value\nk,1,1,z,i,0,1\nk,4,1,z,i,0,2\n")
     with pytest.raises(InvalidInput, match="select one"):
         read_availability(tmp_path / "points.csv")
+    (trace,) = read_availability(tmp_path / "points.csv", nodes="4").values()
+    assert trace.counts == ((0.0, 2),)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InvalidInput
-from data.synthesis import Fixed, Lengths, LogNormal, Uniform, gamma_gaps, synthetic_availability, synthetic_workload
+from data.synthesis import Fixed, Lengths, LogNormal, Uniform, gamma_gaps, synthetic_workload
 
 seeds = st.integers(0, 2**32)
 cvs = st.floats(0.1, 6.0)
@@ -98,33 +98,3 @@ def test_equal_seeds_give_equal_workloads() -> None:
     )
     assert first == again
     assert first != other
-
-
-@given(seed=seeds, least=st.integers(0, 3), start=st.integers(0, 4), room=st.integers(0, 4))
-def test_a_synthetic_fleet_stays_within_its_bounds(seed: int, least: int, start: int, room: int) -> None:
-    instances, most = least + start, least + start + room
-    trace = synthetic_availability(
-        seed, duration_s=3600, instances=instances, most=most, removals_per_h=60, least=least
-    )
-    assert min(least, instances) <= trace.least
-    assert trace.most <= most
-    assert trace.counts[0] == (0.0, instances)
-    assert all(0 <= change.notice_s <= min(30, change.time_s) for change in trace.changes)
-    added = [name for change in trace.changes if change.kind == "add" for name in change.instances]
-    assert len(set(added)) == len(added)
-
-
-def test_a_synthetic_fleet_has_the_rates_asked_for() -> None:
-    trace = synthetic_availability(
-        7, duration_s=400 * 3600, instances=100, most=100, removals_per_h=5, mean_group=1.5, return_after_s=60,
-        kill_share=0.25,
-    )  # fmt: skip
-    removals = [change for change in trace.changes if change.kind == "remove"]
-    assert len(removals) == pytest.approx(2000, abs=5 * math.sqrt(2000))
-    assert np.mean([len(change.instances) for change in removals]) == pytest.approx(1.5, abs=0.1)
-    assert np.mean([change.notice_s == 0 for change in removals]) == pytest.approx(0.25, abs=0.05)
-
-
-def test_impossible_fleets_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="least ≤ instances ≤ most"):
-        synthetic_availability(0, duration_s=1, instances=5, most=4, removals_per_h=1)

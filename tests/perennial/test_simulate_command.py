@@ -11,6 +11,7 @@ from data.errors import InvalidInput
 from flows import local
 from flows.study_inputs import DEFAULT_POLICIES, EvaluateRequest
 from perennial.commands import make, simulate
+from perennial.commands.planning import pairs
 from planning.study.systems import SYSTEMS
 
 app = typer.Typer()
@@ -61,3 +62,11 @@ def test_wrong_values_are_refused_before_anything_runs(asked: list[EvaluateReque
     with pytest.raises(InvalidInput, match="greater than"):
         _run(option, value)
     assert not asked
+
+
+def test_keys_and_their_values() -> None:
+    assert pairs(["nodes=16-node", "zone=a=b"]) == {"nodes": "16-node", "zone": "a=b"}
+    assert pairs(None) == {}
+    for wrong in ("nodes", "=4", "nodes="):
+        with pytest.raises(InvalidInput, match="write KEY=VALUE"):
+            pairs([wrong])

@@ -13,9 +13,10 @@ from data.cluster import ClusterSpec, ClusterState, InstanceType
 from data.errors import InvalidInput
 from data.layout import ParallelConfig
 from data.plan import Objective, PlanBook
-from planning.availability import Process
+from planning.availability import steady
 from planning.book import Policy, build_book
 from planning.changes import Changes
+from planning.charges import Traffic
 from planning.journey import Outlook
 from planning.simulation.serving_perennial import Charges
 from tests.planning.test_book import REFERENCE, SPEC, costs
@@ -56,7 +57,7 @@ def state(count: int) -> ClusterState:
 def test_choosing_twice_is_choosing_once(
     policy: Policy, rate: float, memory: float, lost: float, come: float, cut_s: float, devices: int
 ) -> None:
-    process = Process(5, lost, come, {1: 0.5, 3: 0.5}, {1: 1.0})
+    process = steady(5, lost, come, along=0.3)
     made = book(
         policy,
         5,
@@ -78,7 +79,7 @@ def test_choosing_twice_is_choosing_once(
 
 def test_a_layout_stays_where_changing_costs_more_than_it_brings() -> None:
     """With instances that flicker and changes that hurt, nobody goes back and forth."""
-    flicker = Process(6, 0.02, 0.05, {1: 1.0}, {1: 1.0})
+    flicker = steady(6, 0.02, 0.05)
     dear, cheap = (
         book(process=flicker, charges=Charges(cut_s=cut_s, prepare_s=prepare_s, background=1.0))
         for cut_s, prepare_s in ((60.0, 10.0), (0.0, 0.0))
@@ -162,3 +163,24 @@ def test_changes_move_what_is_missing_once_for_an_instance() -> None:
     assert changes.between(one, one, 4.0).prepare_s == 0.0
     for move in (grown, shrunk, inside, spread):
         assert changes.cost_s(move, 4.0) > changes.cost_s(move, 0.0) == 0.0
+
+
+def test_bytes_with_a_price_and_another_link() -> None:
+    machine = kind()
+    here, there = ParallelConfig(1, 1, 1, 8), ParallelConfig(1, 2, 1, 8)
+    plain, priced = (
+        Changes(costs(), machine, REFERENCE, Charges(), traffic)
+        for traffic in (None, Traffic(link_bytes_per_s=1e3, usd_per_gb=2.0))
+    )
+    move = priced.between(here, there, 4.0)
+    assert move.moved_bytes == plain.between(here, there, 4.0).moved_bytes
+    assert move.prepare_s > plain.between(here, there, 4.0).prepare_s
+    assert plain.price_usd(move, 4.0) == 0
+    assert priced.price_usd(move, 4.0) > priced.price_usd(move, 0.0) == move.moved_bytes / 1e9 * 2.0
+
+
+def test_dear_bytes_keep_a_layout() -> None:
+    flicker = steady(6, 0.02, 0.05)
+    cheap, dear = (book(process=flicker, traffic=Traffic(usd_per_gb=usd)) for usd in (0.0, 1e6))
+    stays = [sum(now == then for plan in made.plans for now, then in plan.transitions) for made in (cheap, dear)]
+    assert stays[0] < stays[1]

@@ -9,14 +9,14 @@ import pytest
 
 from data.errors import InvalidInput
 from data.placement import Shape
-from planning.availability import Process
+from planning.availability import Process, steady
 from planning.mixing import Market, Mixing, Option, solve_mixing
 from planning.policy import Problem, iterate
 from planning.spot_policy import Book, Layouts
 
 SMALL, LARGE = (Shape(shards=4, stages=1), 2), (Shape(shards=4, stages=1), 4)
 MARKET = Market(spot_usd_s=1 / 3600, on_demand_usd_s=2 / 3600)
-PROCESS = Process(6, 0.2 / 3600, 4 / 3600, {1: 0.7, 2: 0.3}, {1: 1.0})
+PROCESS = steady(6, 0.2 / 3600, 0.5 / 3600, along=0.05)
 
 
 def _book(process: Process = PROCESS) -> Book:
@@ -33,7 +33,7 @@ def solved_for(latency_usd: float, process: Process = PROCESS, market: Market = 
 
 def test_a_market_without_losses_is_a_sum_by_hand() -> None:
     """Four spot instances cost 4 dollars per hour, and serve at 10 seconds per second."""
-    calm = Process(6, 1e-12, 4 / 3600, {1: 1.0}, {1: 1.0})
+    calm = steady(6, 1e-12, 4 / 3600)
     solved = solved_for(0.01, calm)
     assert solved.decide(6, 6, 0, 0) == Option(4, 0, 2)
     assert solved.average == pytest.approx(4 / 3600 + 0.01 * 10, rel=1e-3)
@@ -79,6 +79,15 @@ def test_spares_stay_spare_where_a_move_costs_more() -> None:
 
 
 def test_large_markets_are_refused() -> None:
-    large = replace(PROCESS, most=49)
+    large = PROCESS.sized(49)
     with pytest.raises(InvalidInput, match="at most 48"):
         solve_mixing(_book(large), large, MARKET, 0.01)
+
+
+def test_late_requests_buy_what_waiting_alone_does_not() -> None:
+    """Two instances leave half of the requests late, four none: a price for that is worth two more instances."""
+    book = replace(_book(), late_rps=(1.0, 0.5, 0.0))
+    priced = {usd: solve_mixing(book, PROCESS, MARKET, 1e-5, 4, usd).decide(6, 6, 0, 0) for usd in (0.0, 0.01)}
+    assert (priced[0.0].layout, priced[0.01].layout) == (1, 2)
+    with pytest.raises(InvalidInput, match="without a limit"):
+        solve_mixing(_book(), PROCESS, MARKET, 1e-5, 4, 0.01)

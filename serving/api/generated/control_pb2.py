@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aperennial/v1/control.proto\x12\x0cperennial.v1\"\x16\n\x14GetServerInfoRequest\"X\n\x08Position\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\r\n\x05shard\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"]\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\r\n\x05vocab\x18\x04 \x01(\r\x12\x10\n\x08replicas\x18\x05 \x01(\r\"p\n\x08Instance\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12\x16\n\tleaving_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_leaving_s\"\xf9\x02\n\x15GetServerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\r\n\x05vocab\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0e\n\x06\x63onfig\x18\x07 \x01(\t\x12)\n\tpositions\x18\x08 \x03(\x0b\x32\x16.perennial.v1.Position\x12)\n\tinstances\x18\t \x03(\x0b\x32\x16.perennial.v1.Instance\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0f\n\x07waiting\x18\x0b \x01(\r\x12\x10\n\x08kv_usage\x18\x0c \x01(\x01\x12\x13\n\x0bplan_source\x18\r \x01(\t\x12\x13\n\x0bplan_sha256\x18\x0e \x01(\t\x12\x14\n\x0cplan_version\x18\x0f \x01(\t\x12#\n\x06models\x18\x10 \x03(\x0b\x32\x13.perennial.v1.Model\"\x10\n\x0eGetPlanRequest\"U\n\x0fGetPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\"#\n\x11ReloadPlanRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\"$\n\x12ReloadPlanResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"O\n\x17NotifyPreemptionRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12\x0e\n\x06source\x18\x03 \x01(\t\"\x1a\n\x18NotifyPreemptionResponse\"#\n\x12WatchEventsRequest\x12\r\n\x05since\x18\x01 \x01(\x04\"J\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06time_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tdata_json\x18\x04 \x01(\t2\xab\x04\n\x07\x43ontrol\x12X\n\rGetServerInfo\x12\".perennial.v1.GetServerInfoRequest\x1a#.perennial.v1.GetServerInfoResponse\x12\x46\n\x07GetPlan\x12\x1c.perennial.v1.GetPlanRequest\x1a\x1d.perennial.v1.GetPlanResponse\x12O\n\nReloadPlan\x12\x1f.perennial.v1.ReloadPlanRequest\x1a .perennial.v1.ReloadPlanResponse\x12@\n\x05\x44rain\x12\x1a.perennial.v1.DrainRequest\x1a\x1b.perennial.v1.DrainResponse\x12@\n\x05\x41\x62ort\x12\x1a.perennial.v1.AbortRequest\x1a\x1b.perennial.v1.AbortResponse\x12\x61\n\x10NotifyPreemption\x12%.perennial.v1.NotifyPreemptionRequest\x1a&.perennial.v1.NotifyPreemptionResponse\x12\x46\n\x0bWatchEvents\x12 .perennial.v1.WatchEventsRequest\x1a\x13.perennial.v1.Event0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aperennial/v1/control.proto\x12\x0cperennial.v1\"\x16\n\x14GetServerInfoRequest\"X\n\x08Position\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\r\n\x05shard\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\"]\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\r\n\x05vocab\x18\x04 \x01(\r\x12\x10\n\x08replicas\x18\x05 \x01(\r\"~\n\x08Instance\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12\x16\n\tleaving_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04zone\x18\x06 \x01(\tB\x0c\n\n_leaving_s\"\xf9\x02\n\x15GetServerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\r\n\x05vocab\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0e\n\x06\x63onfig\x18\x07 \x01(\t\x12)\n\tpositions\x18\x08 \x03(\x0b\x32\x16.perennial.v1.Position\x12)\n\tinstances\x18\t \x03(\x0b\x32\x16.perennial.v1.Instance\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0f\n\x07waiting\x18\x0b \x01(\r\x12\x10\n\x08kv_usage\x18\x0c \x01(\x01\x12\x13\n\x0bplan_source\x18\r \x01(\t\x12\x13\n\x0bplan_sha256\x18\x0e \x01(\t\x12\x14\n\x0cplan_version\x18\x0f \x01(\t\x12#\n\x06models\x18\x10 \x03(\x0b\x32\x13.perennial.v1.Model\"\x10\n\x0eGetPlanRequest\"U\n\x0fGetPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\"#\n\x11ReloadPlanRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\"$\n\x12ReloadPlanResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"O\n\x17NotifyPreemptionRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12\x0e\n\x06source\x18\x03 \x01(\t\"\x1a\n\x18NotifyPreemptionResponse\"#\n\x12WatchEventsRequest\x12\r\n\x05since\x18\x01 \x01(\x04\"J\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06time_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tdata_json\x18\x04 \x01(\t2\xab\x04\n\x07\x43ontrol\x12X\n\rGetServerInfo\x12\".perennial.v1.GetServerInfoRequest\x1a#.perennial.v1.GetServerInfoResponse\x12\x46\n\x07GetPlan\x12\x1c.perennial.v1.GetPlanRequest\x1a\x1d.perennial.v1.GetPlanResponse\x12O\n\nReloadPlan\x12\x1f.perennial.v1.ReloadPlanRequest\x1a .perennial.v1.ReloadPlanResponse\x12@\n\x05\x44rain\x12\x1a.perennial.v1.DrainRequest\x1a\x1b.perennial.v1.DrainResponse\x12@\n\x05\x41\x62ort\x12\x1a.perennial.v1.AbortRequest\x1a\x1b.perennial.v1.AbortResponse\x12\x61\n\x10NotifyPreemption\x12%.perennial.v1.NotifyPreemptionRequest\x1a&.perennial.v1.NotifyPreemptionResponse\x12\x46\n\x0bWatchEvents\x12 .perennial.v1.WatchEventsRequest\x1a\x13.perennial.v1.Event0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,33 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_start=158
   _globals['_MODEL']._serialized_end=251
   _globals['_INSTANCE']._serialized_start=253
-  _globals['_INSTANCE']._serialized_end=365
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=368
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=745
-  _globals['_GETPLANREQUEST']._serialized_start=747
-  _globals['_GETPLANREQUEST']._serialized_end=763
-  _globals['_GETPLANRESPONSE']._serialized_start=765
-  _globals['_GETPLANRESPONSE']._serialized_end=850
-  _globals['_RELOADPLANREQUEST']._serialized_start=852
-  _globals['_RELOADPLANREQUEST']._serialized_end=887
-  _globals['_RELOADPLANRESPONSE']._serialized_start=889
-  _globals['_RELOADPLANRESPONSE']._serialized_end=925
-  _globals['_DRAINREQUEST']._serialized_start=927
-  _globals['_DRAINREQUEST']._serialized_end=979
-  _globals['_DRAINRESPONSE']._serialized_start=981
-  _globals['_DRAINRESPONSE']._serialized_end=1015
-  _globals['_ABORTREQUEST']._serialized_start=1017
-  _globals['_ABORTREQUEST']._serialized_end=1051
-  _globals['_ABORTRESPONSE']._serialized_start=1053
-  _globals['_ABORTRESPONSE']._serialized_end=1085
-  _globals['_NOTIFYPREEMPTIONREQUEST']._serialized_start=1087
-  _globals['_NOTIFYPREEMPTIONREQUEST']._serialized_end=1166
-  _globals['_NOTIFYPREEMPTIONRESPONSE']._serialized_start=1168
-  _globals['_NOTIFYPREEMPTIONRESPONSE']._serialized_end=1194
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1196
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1231
-  _globals['_EVENT']._serialized_start=1233
-  _globals['_EVENT']._serialized_end=1307
-  _globals['_CONTROL']._serialized_start=1310
-  _globals['_CONTROL']._serialized_end=1865
+  _globals['_INSTANCE']._serialized_end=379
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=382
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=759
+  _globals['_GETPLANREQUEST']._serialized_start=761
+  _globals['_GETPLANREQUEST']._serialized_end=777
+  _globals['_GETPLANRESPONSE']._serialized_start=779
+  _globals['_GETPLANRESPONSE']._serialized_end=864
+  _globals['_RELOADPLANREQUEST']._serialized_start=866
+  _globals['_RELOADPLANREQUEST']._serialized_end=901
+  _globals['_RELOADPLANRESPONSE']._serialized_start=903
+  _globals['_RELOADPLANRESPONSE']._serialized_end=939
+  _globals['_DRAINREQUEST']._serialized_start=941
+  _globals['_DRAINREQUEST']._serialized_end=993
+  _globals['_DRAINRESPONSE']._serialized_start=995
+  _globals['_DRAINRESPONSE']._serialized_end=1029
+  _globals['_ABORTREQUEST']._serialized_start=1031
+  _globals['_ABORTREQUEST']._serialized_end=1065
+  _globals['_ABORTRESPONSE']._serialized_start=1067
+  _globals['_ABORTRESPONSE']._serialized_end=1099
+  _globals['_NOTIFYPREEMPTIONREQUEST']._serialized_start=1101
+  _globals['_NOTIFYPREEMPTIONREQUEST']._serialized_end=1180
+  _globals['_NOTIFYPREEMPTIONRESPONSE']._serialized_start=1182
+  _globals['_NOTIFYPREEMPTIONRESPONSE']._serialized_end=1208
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1210
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1245
+  _globals['_EVENT']._serialized_start=1247
+  _globals['_EVENT']._serialized_end=1321
+  _globals['_CONTROL']._serialized_start=1324
+  _globals['_CONTROL']._serialized_end=1879
 # @@protoc_insertion_point(module_scope)

@@ -39,18 +39,20 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocab: _Optional[int] = ..., replicas: _Optional[int] = ...) -> None: ...
 
 class Instance(_message.Message):
-    __slots__ = ("instance", "type", "devices", "state", "leaving_s")
+    __slots__ = ("instance", "type", "devices", "state", "leaving_s", "zone")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LEAVING_S_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
     instance: str
     type: str
     devices: int
     state: str
     leaving_s: float
-    def __init__(self, instance: _Optional[str] = ..., type: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., leaving_s: _Optional[float] = ...) -> None: ...
+    zone: str
+    def __init__(self, instance: _Optional[str] = ..., type: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., leaving_s: _Optional[float] = ..., zone: _Optional[str] = ...) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
     __slots__ = ("model", "family", "max_positions", "vocab", "state", "epoch", "config", "positions", "instances", "running", "waiting", "kv_usage", "plan_source", "plan_sha256", "plan_version", "models")

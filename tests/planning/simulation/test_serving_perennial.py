@@ -10,7 +10,7 @@ import pytest
 
 from data.availability import AvailabilityTrace, Change
 from data.placement import Shape
-from planning.availability import Process
+from planning.availability import steady
 from planning.edge_weights import GptShape
 from planning.simulation.serving_baselines import pinnable, simulate_reparallelization, simulate_rerouting
 from planning.simulation.serving_perennial import Charges, Policy, Target, simulate_perennial
@@ -116,7 +116,7 @@ def test_baselines_finish_what_can_be_finished(fill: bool) -> None:
 
 
 def test_a_book_answers_every_state_and_says_why() -> None:
-    process = Process(6, 1e-4, 1e-3, {1: 1.0}, {1: 1.0})
+    process = steady(6, 1e-4, 1e-3)
     for rule in ("optimal", "myopic", "hysteresis"):
         book = build(COSTS, process, Load(0.6, 0.1), rule)
         now = None

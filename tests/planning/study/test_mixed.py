@@ -37,5 +37,5 @@ def test_instance_seconds_are_those_of_the_trace() -> None:
 
 def test_a_second_that_is_worth_little_buys_little() -> None:
     cheap, dear = (mixed_fleet(TRACE, solved_for(usd)) for usd in (1e-5, 1.0))
-    assert cheap.spot_s < dear.spot_s
+    assert cheap.spot_s + cheap.on_demand_s < dear.spot_s + dear.on_demand_s
     assert cheap.on_demand_s < dear.on_demand_s

@@ -9,7 +9,7 @@ import pytest
 from data.availability import AvailabilityTrace, Change
 from data.catalog import instance_type, published_profile
 from data.errors import InvalidInput
-from planning.availability import Process
+from planning.availability import steady
 from planning.mixing import Market, solve_mixing
 from planning.spot_policy import Load, build
 from planning.study.measured import published_model
@@ -34,7 +34,7 @@ FLEET = AvailabilityTrace(
 def study() -> Study:
     load = Load(1.5, 1.0)
     model = published_model(published_profile("6.7B"), instance_type("g4dn.12xlarge"), load, 4)
-    process = Process(4, 1e-4, 1e-3, {1: 1.0}, {1: 1.0})
+    process = steady(4, 1e-4, 1e-3)
     book = build(model.costs, process, load)
     mixings = {usd: solve_mixing(book, process, Market(1.9046 / 3600, 3.912 / 3600), usd) for usd in (0.01, 0.0001)}
     return Study(model, {"lossy": FLEET}, tuple(SYSTEMS), 1, book, mixings=mixings)

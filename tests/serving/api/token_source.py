@@ -161,7 +161,7 @@ class TokenSource:
             state="draining" if self._draining else "serving", epoch=3, config="D1·P2·T1·B4",
             positions=(PositionInfo(replica=0, stage=1, shard=0, device="i-1/0"),),
             instances=(
-                InstanceInfo(instance="i-0", type="local-cpu", devices=1, state="ready"),
+                InstanceInfo(instance="i-0", type="local-cpu", devices=1, state="ready", zone="eu-1a"),
                 InstanceInfo(instance="i-1", type="local-cpu", devices=1, state="leaving", leaving_s=2.5),
             ),
             running=len(self.running()), waiting=0, kv_usage=0.25, plan_source="file", plan_sha256=self._book.sha256,

@@ -14,6 +14,7 @@ class Workers:
     def __init__(self) -> None:
         self.devices = tuple(Device(f"i{index}", 0) for index in range(5))
         self.told: list[tuple[Device, m.Message]] = []
+        self.zones: dict[str, str] = {}
 
     def send(self, device: Device, message: m.Message) -> None:
         self.told.append((device, message))
@@ -26,6 +27,13 @@ class Workers:
 
     def kv_address(self, device: Device) -> str:
         return f"{device}:1"
+
+    def zone(self, device: Device) -> str:
+        return self.zones.get(device.instance, "")
+
+    def keepers(self) -> dict[Device, str]:
+        """Where each device was last told to send its copies."""
+        return {device: one.address.split("/")[0] for device, one in self.told if isinstance(one, m.Replicate)}
 
     def kept(self) -> list[int] | None:
         """What was last said about what to keep."""
@@ -83,3 +91,31 @@ def test_the_number_of_former_replicas_is_bounded(workers: Workers) -> None:
         copies.ended([number, number])
     copies.keep([replica(200, workers.devices[0])])
     assert workers.kept() == [*range(92, 100), 200]
+
+
+def test_copies_leave_the_zone_as_soon_as_there_is_another(workers: Workers) -> None:
+    copies, (a, b, *_) = Copies(workers), workers.devices
+    workers.zones = dict.fromkeys(("i0", "i1", "i2", "i3", "i4"), "x")
+    one = replica(1, a, b)
+    copies.arrange([one])
+    assert workers.keepers() == {a: "i1", b: "i2"}
+    copies.heard(a, m.CopyState(1, complete=True))
+    copies.heard(b, m.CopyState(1, complete=True))
+    assert copies.complete(one)
+    workers.told.clear()
+    workers.zones["i4"] = "y"
+    copies.arrange([one])
+    assert workers.keepers() == {a: "i4", b: "i4"}
+    assert not copies.complete(one)  # until the new keeper has them; the former one's stay meanwhile
+    workers.told.clear()
+    copies.arrange([one])
+    assert not workers.told
+
+
+def test_a_zone_that_nobody_told_changes_nothing(workers: Workers) -> None:
+    copies, (a, *_) = Copies(workers), workers.devices
+    copies.arrange([replica(1, a)])
+    workers.told.clear()
+    workers.zones["i3"] = "y"
+    copies.arrange([replica(1, a)])
+    assert not workers.told

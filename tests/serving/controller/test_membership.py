@@ -129,6 +129,15 @@ async def test_an_instance_is_usable_once_agent_and_all_workers_are_here(fleet: 
     assert [info.state for info in fleet.membership.describe(0.0)] == ["ready"]
 
 
+async def test_an_instance_is_where_its_agent_says(fleet: Fleet) -> None:
+    await fleet.join(m.AgentHello("token", "a", "local-cpu", 1, 1, "eu-1a"))
+    await fleet.agent("b", pid=3)
+    await fleet.until(lambda: len(fleet.membership.instances) == 2)
+    assert [info.zone for info in fleet.membership.describe(0.0)] == ["eu-1a", ""]
+    assert fleet.membership.zone(Device("a", 0)) == "eu-1a"
+    assert fleet.membership.zone(Device("nobody", 0)) == ""
+
+
 async def test_a_worker_of_a_device_that_does_not_exist_completes_nothing(fleet: Fleet) -> None:
     await fleet.agent(devices=1)
     await fleet.worker(index=7)

@@ -35,6 +35,8 @@ class NoWorkers:
     def kv_address(self, device: Device) -> str:
         return ""
 
+    zone = kv_address
+
 
 @pytest.fixture
 def dispatcher() -> Dispatcher:
