@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -16,12 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data.errors import CorruptData, InvalidInput
 from perennial.commands.explanation import print_book
+from perennial.commands.shared_explanation import print_shared_book
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from data.cluster import ClusterSpec
     from data.profile import Profile
+    from flows.plan import PlanRequest, PlanResult
+    from flows.plan_fleet import FleetRequest, FleetResult
     from profiling.campaign import Progress as Step
     from serving.settings import EngineSettings
 
@@ -86,6 +88,11 @@ def profile(
 def plan(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint to measure; not needed with --profile.")] = "",
     profile: Annotated[str, typer.Option(help="Folder of a profile that was measured before.")] = "",
+    fleet: Annotated[Path | None, typer.Option(help="Several models: a JSON file of models, SLOs and fleet.")] = None,
+    search_s: Annotated[float, typer.Option("--budget-s", min=0.0, help="With --fleet: seconds to search.")] = 10.0,
+    recent: Annotated[
+        Path | None, typer.Option(help="With --fleet: compare the champion with these requests (CSV or journal).")
+    ] = None,
     cluster: Annotated[Path | None, typer.Option(help="JSON file of the fleet (name, types, most).")] = None,
     type: Annotated[str, typer.Option(help="Instance type from the catalog.")] = "local-cpu",  # noqa: A002
     instances: Annotated[int, typer.Option(help="At most this many instances.")] = 4,
@@ -108,29 +115,40 @@ def plan(
     every: Annotated[float, typer.Option(help="With --serve: seconds between runs.")] = 3600.0,
     cron: Annotated[str, typer.Option(help="With --serve: a cron expression instead.")] = "",
 ) -> None:
-    """Search a configuration for every cluster state and publish the plan book."""
+    """Search a configuration for every cluster state, or groups for several models, and publish the plan book."""
     require("prefect", "mlflow")
-    from data.plan import PlanBook
-    from flows.local import run_plan, serve_plan
+    if (fleet is None) == (not checkpoint and not profile) or (recent is not None and fleet is None):
+        raise InvalidInput("name a checkpoint, a --profile or a --fleet file; --recent goes with --fleet")
     from flows.plan import PlanRequest
+    from flows.plan_fleet import FleetRequest
     from perennial.settings import load_settings
 
     settings = load_settings()
-    home = str(settings.home.absolute())  # scheduled runs start in another folder
-    measure = {
-        "checkpoint": str(Path(checkpoint).absolute()),
-        "home": home,
-        "device": device,
-        "dtype": dtype,
-        "numerics": numerics,
-    }
+    engine = {"device": device, "dtype": dtype, "numerics": numerics, "max_shards": max_shards}
+    where = {"home": str(settings.home.absolute()), "registry": settings.registry_uri}  # scheduled runs start elsewhere
+    if fleet is not None:
+        _plan_fleet(
+            valid(
+                FleetRequest,
+                **where,
+                **engine,
+                fleet=str(fleet.absolute()),
+                recent=str(recent.absolute()) if recent else "",
+                budget_s=search_s,
+                most_batch=max_batch,
+                measure_s=budget_s,
+                promote=promote,
+            ),
+            (cron, every) if serve else None,
+        )
+        return
+    measure = {"checkpoint": str(Path(checkpoint).absolute()), "home": where["home"], "budget_s": budget_s, **engine}
     request = valid(
         PlanRequest,
+        **where,
         cluster=_cluster(cluster, type, instances, memory_mb).to_json(),
         profile=str(Path(profile).absolute()) if profile else "",
-        measure={**measure, "max_shards": max_shards, "budget_s": budget_s} if checkpoint else None,
-        home=home,
-        registry=settings.registry_uri,
+        measure=measure if checkpoint else None,
         required_rps=rate,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
@@ -141,14 +159,50 @@ def plan(
         most_batch=max_batch,
         promote=promote,
     )
-    if serve:
-        every_s = 0.0 if cron else every
-        Console().print(f"planning {f'at {cron!r}' if cron else f'every {every:g} s'}; stop with Ctrl-C")
-        serve_plan(request, cron=cron, every_s=every_s)
+    _plan_model(request, (cron, every) if serve else None)
+
+
+def _plan_model(request: PlanRequest, schedule: tuple[str, float] | None) -> None:
+    from data.plan import PlanBook
+    from flows.local import run_plan
+
+    if schedule is not None:
+        _keep_planning(request, *schedule)
         return
     with _bar() as report:
         result = run_plan(request, on_progress=report)
     print_book(PlanBook.from_bytes(Path(result["book"]).read_bytes()))
+    _print_version(result)
+
+
+def _plan_fleet(request: FleetRequest, schedule: tuple[str, float] | None) -> None:
+    from data.shared_plan import SharedPlanBook
+    from flows.local import run_plan_fleet
+
+    if schedule is not None:
+        _keep_planning(request, *schedule)
+        return
+    with _bar() as report:
+        result = run_plan_fleet(request, on_progress=report)
+    if not result["book"]:
+        Console().print(f"requests are those that {result['name']} version {result['version']} counts on")
+        return
+    print_shared_book(SharedPlanBook.from_bytes(Path(result["book"]).read_bytes()))
+    _print_version(result)
+    if result["drift"]:
+        Console().print(
+            f"see `perennial plans diff champion {result['version']}` and `perennial plans promote`"
+        )
+
+
+def _keep_planning(request: PlanRequest | FleetRequest, cron: str, every: float) -> None:
+    from flows.local import serve_plan
+
+    Console().print(f"planning {f'at {cron!r}' if cron else f'every {every:g} s'}; stop with Ctrl-C")
+    serve_plan(request, cron=cron, every_s=0.0 if cron else every)
+
+
+def _print_version(result: PlanResult | FleetResult) -> None:
     error, aliases = result["cost_model_error"], ", ".join(result["aliases"]) or "no alias"
     console = Console()
     console.print(f"{result['name']} version {result['version']} ({aliases}); plan book {result['book']}")
@@ -203,18 +257,15 @@ def valid(kind: type[Request], **fields: Any) -> Request:
 
 
 def _cluster(path: Path | None, type_name: str, instances: int, memory_mb: float) -> ClusterSpec:
-    from data.catalog import instance_type
+    from data.catalog import cluster_of
     from data.cluster import ClusterSpec
 
-    if path is not None:
-        try:
-            return ClusterSpec.from_json(json.loads(path.read_bytes()))
-        except ValueError as error:
-            raise CorruptData(f"{path} is not JSON; write name, types and most of the fleet") from error
-    kind = instance_type(type_name)
-    if memory_mb:
-        kind = replace(kind, memory_bytes=int(memory_mb * 1e6))
-    return ClusterSpec(f"{type_name}-{instances}", (kind,), (instances,))
+    if path is None:
+        return cluster_of(type_name, instances, memory_mb)
+    try:
+        return ClusterSpec.from_json(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise CorruptData(f"{path} is not JSON; write name, types and most of the fleet") from error
 
 
 def require(*modules: str) -> None:
