@@ -190,9 +190,7 @@ def _plan_fleet(request: FleetRequest, schedule: tuple[str, float] | None) -> No
     print_shared_book(SharedPlanBook.from_bytes(Path(result["book"]).read_bytes()))
     _print_version(result)
     if result["drift"]:
-        Console().print(
-            f"see `perennial plans diff champion {result['version']}` and `perennial plans promote`"
-        )
+        Console().print(f"see `perennial plans diff champion {result['version']}` and `perennial plans promote`")
 
 
 def _keep_planning(request: PlanRequest | FleetRequest, cron: str, every: float) -> None:
