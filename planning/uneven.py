@@ -7,7 +7,7 @@ from data.placement import Shape
 from planning.costs import CostModel
 from planning.stages import LayerCost, cut_stages
 
-_WORTH = 0.99  # of the balanced step: less than that gained is within the error of any profile
+_WORTH = 0.95  # of the balanced step: to gain less is within the error of a profile
 
 
 def quickest_partition(costs: CostModel, shape: Shape, batch: int, context: int) -> tuple[int, ...]:
@@ -28,7 +28,8 @@ def quickest_partition(costs: CostModel, shape: Shape, batch: int, context: int)
         start, stop = balanced.stage_layers(stage, spec.layers)
         own_ms = costs.stage_ms("decode", balanced, stage, batch=part, tokens=1, context=context)
         times_ms[layer] += own_ms - costs.step_ms("decode", stop - start, *step)
-    layers = [LayerCost({shape.shards: time_ms}, {shape.shards: 0.0}) for time_ms in times_ms]
+    # A layer weighs one, so that of equally quick cuts the one with the smallest stages is taken.
+    layers = [LayerCost({shape.shards: time_ms}, {shape.shards: 1.0}) for time_ms in times_ms]
     partition = cut_stages(layers, shape).layers
     uneven = ParallelConfig(1, stages, shape.shards, batch, partition)
     if costs.decode_s(uneven, batch, context) < _WORTH * costs.decode_s(balanced, batch, context):

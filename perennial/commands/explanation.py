@@ -60,7 +60,9 @@ def choice_of(plan: Plan | SharedPlan | None) -> str:
 
     if plan is None:
         return "–"
-    return str((plan.deployment if isinstance(plan, SharedPlan) else plan.config) or "–")
+    if isinstance(plan, SharedPlan):
+        return str(plan.deployment or "–")
+    return plan.config.key if plan.config else "–"
 
 
 def _numbers(estimate: Estimate | None) -> tuple[str, str, str, str, str]:

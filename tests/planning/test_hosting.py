@@ -82,5 +82,6 @@ def test_a_heavy_head_takes_layers_from_the_last_stage() -> None:
     assert heavy.decode_s(ParallelConfig(1, 2, 1, 2, partition), 2, 48) < heavy.decode_s(
         ParallelConfig(1, 2, 1, 2), 2, 48
     )
+    assert quickest_partition(costs(head_ms=4.0, layers=32), Shape(1, 8), 8, 48) == (4, 4, 4, 4, 5, 5, 5, 1)
     assert quickest_partition(costs(), Shape(1, 2), 2, 48) == ()
     assert quickest_partition(heavy, SINGLE, 2, 48) == ()
