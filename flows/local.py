@@ -16,8 +16,8 @@ from data.errors import InvalidInput
 
 if TYPE_CHECKING:
     from flows.evaluate import EvaluateResult
+    from flows.fleet_steps import FleetRequest, FleetResult
     from flows.plan import PlanRequest, PlanResult
-    from flows.plan_fleet import FleetRequest, FleetResult
     from flows.profile import ProfileRequest
     from flows.progress import Listener
     from flows.study_inputs import EvaluateRequest

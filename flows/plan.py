@@ -18,7 +18,8 @@ from data.cluster import ClusterSpec
 from data.errors import InvalidInput
 from data.plan import SCHEMA_VERSION, Objective, PlanBook
 from data.profile import Profile
-from flows.plan_fleet import FleetRequest, FleetResult, plan_fleet
+from flows.fleet_steps import FleetRequest, FleetResult
+from flows.plan_fleet import plan_fleet
 from flows.profile import ProfileRequest, profile
 from flows.registry import CHAMPION
 from flows.steps import assess_costs, publish_book, write_book

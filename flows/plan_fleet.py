@@ -4,98 +4,29 @@ With recent requests nothing is planned while they are those that the champion c
 new book is published beside it, as challenger, that says what drifted and what it gains.
 """
 
-# No postponed annotations: Prefect evaluates a flow's parameters where this module's names are unknown.
+from dataclasses import dataclass, replace
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
-from pathlib import Path
-from time import monotonic
-from typing import Any, TypedDict
-
-from prefect import task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.context import TaskRunContext
-from pydantic import BaseModel, Field
-
-from data.canonical import checksum
-from data.cluster import ClusterSpec, ClusterState
-from data.demand import Demand
+from data.cluster import ClusterState
 from data.errors import InvalidInput
-from data.placement import Arrivals
-from data.profile import Profile
-from data.shared_plan import SCHEMA_VERSION, SharedPlanBook, fleet_title
-from flows.fleet_file import FleetFile, FleetModel, measured, recent_history
-from flows.profile import ProfileRequest, profile
+from data.shared_plan import SharedPlanBook, fleet_title
+from flows.fleet_file import FleetFile, measured, recent_history
+from flows.fleet_steps import (
+    FleetRequest,
+    FleetResult,
+    Workload,
+    inputs_of,
+    profiles_of,
+    publish_fleet,
+    result_of,
+    searched,
+    worst_error,
+)
 from flows.publish import Published
-from flows.registry import CHALLENGER, CHAMPION, open_registry, plan_name
-from flows.shared_summary import markdown
-from flows.steps import assess_costs, publish_book, write_book
+from flows.registry import CHALLENGER, CHAMPION, Registry, open_registry, plan_name
 from flows.summary import FitError
-from planning.costs import CostModel
 from planning.drift import drifts
-from planning.hosting import Tenant, placement_of
-from planning.shared_book import LEAST_SPAN_S, SharedInputs, attained, build_shared_book
-
-
-class FleetRequest(BaseModel):
-    """What to plan for: a fleet file, and how. `budget_s` is for the search, `measure_s` for each profile.
-
-    `recent` names recent requests (CSV, or the journal of a service); with it the champion is compared with them.
-    Otherwise the new version becomes champion with `promote`.
-    """
-
-    fleet: str
-    recent: str = ""
-    home: str = ".perennial"
-    registry: str = ""
-    budget_s: float = 10.0
-    seed: int = 0
-    most_batch: int = 8
-    step_tokens: int = 256
-    reserve_bytes: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    numerics: str = "auto"
-    max_shards: int = 0
-    measure_s: float = 12.0
-    promote: bool = True
-    tags: dict[str, str] = Field(default_factory=dict)
-
-    def search_settings(self) -> dict[str, Any]:
-        """What the search depends on besides the profiles and what is asked for."""
-        return self.model_dump(include={"budget_s", "seed", "most_batch", "step_tokens", "reserve_bytes"})
-
-
-class FleetResult(TypedDict):
-    """The version that is in the registry, its file (empty if nothing was planned), the profiles' folders, the cost
-    models' worst error, and what drifted, in words (None: not asked).
-    """
-
-    name: str
-    version: str
-    sha256: str
-    aliases: list[str]
-    book: str
-    profiles: dict[str, str]
-    cost_model_error: dict[str, float]
-    drift: list[str] | None
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is asked for, where it comes from, and what the search is to move away from."""
-
-    demands: tuple[Demand, ...]
-    arrivals: Arrivals
-    incumbent: SharedPlanBook | None = None
-
-    @property
-    def sha256(self) -> str:
-        """Checksum of all of it."""
-        trace = sha256(self.arrivals.times_s.tobytes() + self.arrivals.models.tobytes()).hexdigest()
-        before = self.incumbent.sha256 if self.incumbent else ""
-        return checksum([[demand.to_json() for demand in self.demands], trace, before])
+from planning.hosting import placement_of
+from planning.shared_book import LEAST_SPAN_S, attained
 
 
 def plan_fleet(request: FleetRequest) -> FleetResult:
@@ -107,92 +38,57 @@ def plan_fleet(request: FleetRequest) -> FleetResult:
     if request.recent:
         return _replan(file, request)
     demands, arrivals = file.workload(request.seed)
-    folders = _profiles(file, request)
-    book = _searched(file, folders, Workload(demands, arrivals), request)
-    error = _worst_error(folders)
-    published = _publish(book, error, request, CHAMPION if request.promote else None)
-    return _result(published, book, folders, error, request)
+    folders = profiles_of(file, request)
+    book = searched(file, folders, Workload(demands, arrivals), request)
+    error = worst_error(folders)
+    published = publish_fleet(book, error, folders, request, CHAMPION if request.promote else None)
+    return result_of(published, book, folders, error, request)
 
 
 def _replan(file: FleetFile, request: FleetRequest) -> FleetResult:
     registry = open_registry(request.home, request.registry)
     name = plan_name(fleet_title(file.models), file.spec().name)
-    champion = registry.load_plan(name)
-    if not isinstance(champion, SharedPlanBook) or not champion.demands:
-        raise InvalidInput(f"{name} does not say which requests it counts on; plan once with the fleet file alone")
+    champion, *challengers = _counted_on(registry, name)
     recent = recent_history(request.recent, list(file.models))
     if recent.arrivals.span_s < LEAST_SPAN_S:
         raise InvalidInput(
             f"{request.recent} holds {recent.arrivals.span_s:.0f} s of requests, too few to compare; it takes "
             f"{LEAST_SPAN_S:.0f} s"
         )
-    held = next(one for one in registry.list_plans(name) if CHAMPION in one.aliases)
-    found = [str(one) for one in drifts(champion.demands, recent)]
-    if not found:
-        same = Published(held.name, held.version, held.sha256, held.aliases)
-        return _result(same, None, {}, FitError(0.0, 0.0), request, [])
-    workload = Workload(measured(file.demands(), recent), recent.arrivals, champion)
-    folders = _profiles(file, request)
-    book = _searched(file, folders, workload, request)
-    book = replace(book, occasion=_occasion(file, folders, workload, book, found, held.version, request))
-    error = _worst_error(folders)
-    published = _publish(book, error, request, CHALLENGER)
-    return _result(published, book, folders, error, request, found)
+    found = [str(one) for one in drifts(champion.book.demands, recent)]
+    for one in (champion, *challengers):
+        if not drifts(one.book.demands, recent):  # a schedule is not to propose the same again and again
+            return result_of(one.published, None, {}, FitError(0.0, 0.0), request, found)
+    workload = Workload(measured(file.demands(), recent), recent.arrivals, champion.book)
+    folders = profiles_of(file, request)
+    book = searched(file, folders, workload, request)
+    book = replace(book, occasion=_occasion(file, folders, workload, book, found, champion.published.version, request))
+    error = worst_error(folders)
+    published = publish_fleet(book, error, folders, request, CHALLENGER)
+    return result_of(published, book, folders, error, request, found)
 
 
-def _profiles(file: FleetFile, request: FleetRequest) -> dict[str, str]:
-    """The folder of every model's profile; measured, or found, where the file names a checkpoint."""
-    return {name: model.profile or profile(_measurement(model, request)) for name, model in file.models.items()}
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A version of the registry and its book."""
+
+    published: Published
+    book: SharedPlanBook
 
 
-def _measurement(model: FleetModel, request: FleetRequest) -> ProfileRequest:
-    return ProfileRequest(
-        checkpoint=model.checkpoint,
-        home=request.home,
-        device=request.device,
-        dtype=request.dtype,
-        numerics=request.numerics,
-        max_shards=request.max_shards,
-        budget_s=request.measure_s,
-    )
-
-
-def _worst_error(folders: dict[str, str]) -> FitError:
-    errors = [assess_costs(Profile.read(folder).sha256, folder) for folder in folders.values()]
-    return FitError(*(max(values) for values in zip(*errors, strict=True)))
-
-
-def _searched(file: FleetFile, folders: dict[str, str], workload: Workload, request: FleetRequest) -> SharedPlanBook:
-    profiles = {name: Profile.read(folder).sha256 for name, folder in folders.items()}
-    cluster = file.spec()
-    key = checksum([SCHEMA_VERSION, profiles, cluster.to_json(), workload.sha256, request.search_settings()])
-    inputs = _inputs(folders, cluster, workload, request)
-    content = search_placements(key, lambda: build_shared_book(inputs, monotonic))  # Prefect would look into values
-    return SharedPlanBook.from_bytes(content.encode())
-
-
-def _inputs(folders: dict[str, str], cluster: ClusterSpec, workload: Workload, request: FleetRequest) -> SharedInputs:
-    costs = {name: CostModel.fit(Profile.read(one), step_tokens=request.step_tokens) for name, one in folders.items()}
-    before = workload.incumbent.plans if workload.incumbent else ()
-    return SharedInputs(
-        tenants=[Tenant(demand, costs[demand.model], request.most_batch) for demand in workload.demands],
-        cluster=cluster,
-        arrivals=workload.arrivals,
-        budget_s=request.budget_s,
-        seed=request.seed,
-        reserve_bytes=request.reserve_bytes,
-        incumbent={plan.state: plan.deployment for plan in before if plan.deployment is not None},
-    )
-
-
-def _cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
-    return f"placements-{parameters['key']}"
-
-
-@task(name="search placements", cache_key_fn=_cache_key, persist_result=True, result_serializer="json")
-def search_placements(key: str, build: Callable[[], SharedPlanBook]) -> str:
-    """The plan book of several models, as its canonical JSON; `key` says everything that it depends on."""
-    return build().to_bytes().decode()
+def _counted_on(registry: Registry, name: str) -> list[_Held]:
+    """The champion, and the challenger if there is another. Raises `NotFound` or `InvalidInput` without a champion."""
+    registry.load_plan(name, CHAMPION)  # which says it, if there is none
+    versions = {alias: one for one in registry.list_plans(name) for alias in one.aliases}
+    found = []
+    for alias in (CHAMPION, CHALLENGER):
+        if (one := versions.get(alias)) is not None:
+            book = registry.load_plan(name, one.version)
+            if isinstance(book, SharedPlanBook) and book.demands:
+                found.append(_Held(Published(one.name, one.version, one.sha256, one.aliases), book))
+            elif alias == CHAMPION:
+                raise InvalidInput(f"{name} does not say which requests it counts on; plan without --recent first")
+    return found
 
 
 def _occasion(
@@ -206,7 +102,7 @@ def _occasion(
 ) -> str:
     """What drifted, and what the new groups of the whole fleet gain on the recent arrivals."""
     cluster = file.spec()
-    inputs = _inputs(folders, cluster, workload, request)
+    inputs = inputs_of(folders, cluster, workload, request)
     whole = ClusterState.of({cluster.types[0].name: cluster.most[0]})
     problem, names = inputs.problem(cluster.most[0]), [one.name for one in inputs.tenants]
     champion = workload.incumbent
@@ -218,38 +114,3 @@ def _occasion(
         f"Recent requests are not those that version {version} counts on: {'; '.join(found)}; on them its groups have "
         f"{before:.1%} in time, {same}"
     )
-
-
-def _publish(book: SharedPlanBook, error: FitError, request: FleetRequest, alias: str | None) -> Published:
-    create_markdown_artifact(key="plan-summary", markdown=markdown(book, error))
-    published = publish_book(
-        book.to_bytes().decode(),
-        error,
-        request.search_settings(),
-        request.tags,
-        (request.home, request.registry),
-        alias,
-    )
-    link = f"models:/{published.name}/{published.version}"
-    create_link_artifact(key="plan-version", link=link, link_text=published.name)
-    return published
-
-
-def _result(
-    published: Published,
-    book: SharedPlanBook | None,
-    folders: dict[str, str],
-    error: FitError,
-    request: FleetRequest,
-    drift: list[str] | None = None,
-) -> FleetResult:
-    return {
-        "name": published.name,
-        "version": published.version,
-        "sha256": published.sha256,
-        "aliases": list(published.aliases),
-        "book": str(write_book(book, Path(request.home) / "plans")) if book else "",
-        "profiles": folders,
-        "cost_model_error": asdict(error),
-        "drift": drift,
-    }

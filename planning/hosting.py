@@ -20,6 +20,8 @@ from planning.costs import CostModel
 from planning.resharding import kv_extent
 from planning.uneven import quickest_partition
 
+_MOST_STAGES = 16  # the more, the longer the search, and a pipeline this deep waits for links
+
 
 @dataclass(frozen=True)
 class Tenant:
@@ -55,29 +57,29 @@ class Tenant:
         if shape.shards > min(spec.heads, self.costs.most_shards) or shape.stages > spec.layers:
             return None
         sizes = (1 << power for power in range(self.most_batch.bit_length()))
-        every = [self._with_batch(shape, size) for size in sizes]
+        context = self.input_tokens + self.output_tokens // 2
+        partition = quickest_partition(self.costs, shape, self.most_batch, context)
+        every = [self._with_batch(ParallelConfig(1, shape.stages, shape.shards, size, partition)) for size in sizes]
         fitting = [one for one in every if one.memory_bytes <= memory_bytes]
         slo_s = self.demand.slo_s
         if any(one.latency_s <= slo_s for one in fitting):
             return max(fitting, key=lambda one: one.config.max_batch * (1 / one.latency_s - 1 / slo_s))
         return min(fitting, key=lambda one: one.latency_s, default=None)
 
-    def _with_batch(self, shape: Shape, batch: int) -> Serving:
-        asked, inputs, outputs = self.demand, self.input_tokens, self.output_tokens
+    def _with_batch(self, config: ParallelConfig) -> Serving:
+        inputs, outputs = self.input_tokens, self.output_tokens
         tokens = self.tokens or inputs + outputs
-        partition = quickest_partition(self.costs, shape, batch, inputs + outputs // 2)
-        config = ParallelConfig(1, shape.stages, shape.shards, batch, partition)
         return Serving(
             config,
-            self.costs.request_latency_s(config, batch, inputs, outputs),
+            self.costs.request_latency_s(config, config.max_batch, inputs, outputs),
             self.costs.memory_bytes(config, tokens),
             _kv_bytes(self.costs, config, tokens),
             Speed(
-                asked.model,
-                shape.stages,
-                shape.shards,
+                self.name,
+                config.stages,
+                config.shards,
                 self.costs.prefill_s(config, inputs)[0] / inputs,
-                self.costs.decode_s(config, batch, inputs + outputs // 2),
+                self.costs.decode_s(config, config.max_batch, inputs + outputs // 2),
             ),
         )
 
@@ -156,7 +158,8 @@ def speeds_of(deployments: Sequence[Deployment | None], tenants: Sequence[Tenant
 
 def _shapes(devices: int, devices_per_node: int) -> list[Shape]:
     degrees = [1 << power for power in range(devices.bit_length())]
-    found = (Shape(shards, stages) for shards in degrees for stages in range(1, devices // shards + 1))
+    most = (min(devices // shards, _MOST_STAGES) for shards in degrees)
+    found = (Shape(shards, stages) for shards, last in zip(degrees, most, strict=True) for stages in range(1, last + 1))
     return [one for one in found if one.devices <= devices_per_node or one.devices % devices_per_node == 0]
 
 

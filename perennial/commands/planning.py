@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data.errors import CorruptData, InvalidInput
-from perennial.commands.explanation import print_book
-from perennial.commands.shared_explanation import print_shared_book
+from perennial.commands.plan_runs import bar, run_fleet, run_model
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from data.cluster import ClusterSpec
     from data.profile import Profile
-    from flows.plan import PlanRequest, PlanResult
-    from flows.plan_fleet import FleetRequest, FleetResult
     from profiling.campaign import Progress as Step
     from serving.settings import EngineSettings
 
@@ -75,7 +70,7 @@ def profile(
     from serving.settings import EngineSettings
 
     engine = EngineSettings(device=device, dtype=dtype, numerics=numerics)
-    with _bar() as report:
+    with bar() as report:
         measured, folder = _measure(checkpoint, engine, max_shards, budget_s, out, report)
     if out is not None and folder != out:
         measured.write(out)
@@ -119,15 +114,17 @@ def plan(
     require("prefect", "mlflow")
     if (fleet is None) == (not checkpoint and not profile) or (recent is not None and fleet is None):
         raise InvalidInput("name a checkpoint, a --profile or a --fleet file; --recent goes with --fleet")
+    from flows.fleet_file import FleetFile
+    from flows.fleet_steps import FleetRequest
     from flows.plan import PlanRequest
-    from flows.plan_fleet import FleetRequest
     from perennial.settings import load_settings
 
     settings = load_settings()
     engine = {"device": device, "dtype": dtype, "numerics": numerics, "max_shards": max_shards}
     where = {"home": str(settings.home.absolute()), "registry": settings.registry_uri}  # scheduled runs start elsewhere
     if fleet is not None:
-        _plan_fleet(
+        FleetFile.read(fleet)  # a mistake in it is said before Prefect has started
+        run_fleet(
             valid(
                 FleetRequest,
                 **where,
@@ -159,52 +156,7 @@ def plan(
         most_batch=max_batch,
         promote=promote,
     )
-    _plan_model(request, (cron, every) if serve else None)
-
-
-def _plan_model(request: PlanRequest, schedule: tuple[str, float] | None) -> None:
-    from data.plan import PlanBook
-    from flows.local import run_plan
-
-    if schedule is not None:
-        _keep_planning(request, *schedule)
-        return
-    with _bar() as report:
-        result = run_plan(request, on_progress=report)
-    print_book(PlanBook.from_bytes(Path(result["book"]).read_bytes()))
-    _print_version(result)
-
-
-def _plan_fleet(request: FleetRequest, schedule: tuple[str, float] | None) -> None:
-    from data.shared_plan import SharedPlanBook
-    from flows.local import run_plan_fleet
-
-    if schedule is not None:
-        _keep_planning(request, *schedule)
-        return
-    with _bar() as report:
-        result = run_plan_fleet(request, on_progress=report)
-    if not result["book"]:
-        Console().print(f"requests are those that {result['name']} version {result['version']} counts on")
-        return
-    print_shared_book(SharedPlanBook.from_bytes(Path(result["book"]).read_bytes()))
-    _print_version(result)
-    if result["drift"]:
-        Console().print(f"see `perennial plans diff champion {result['version']}` and `perennial plans promote`")
-
-
-def _keep_planning(request: PlanRequest | FleetRequest, cron: str, every: float) -> None:
-    from flows.local import serve_plan
-
-    Console().print(f"planning {f'at {cron!r}' if cron else f'every {every:g} s'}; stop with Ctrl-C")
-    serve_plan(request, cron=cron, every_s=0.0 if cron else every)
-
-
-def _print_version(result: PlanResult | FleetResult) -> None:
-    error, aliases = result["cost_model_error"], ", ".join(result["aliases"]) or "no alias"
-    console = Console()
-    console.print(f"{result['name']} version {result['version']} ({aliases}); plan book {result['book']}")
-    console.print(f"cost model error on held-out points: median {error['median']:.1%}, P90 {error['p90']:.1%}")
+    run_model(request, (cron, every) if serve else None)
 
 
 def _measure(
@@ -271,15 +223,3 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise InvalidInput(f"planning needs {', '.join(missing)}; install perennial[plan]")
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Step], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def report(step: Step) -> None:
-            progress.update(task, description=f"measuring {step.what}", completed=step.done, total=step.total or None)
-
-        yield report

@@ -10,8 +10,8 @@ import pytest
 from data.errors import Infeasible, InvalidInput, PerennialError
 from data.shared_plan import SharedPlanBook
 from flows.fleet_file import FleetFile
-from flows.plan import plan
-from flows.plan_fleet import FleetRequest, FleetResult
+from flows.fleet_steps import FleetRequest, FleetResult
+from flows.plan import PlanRequest, plan
 from flows.registry import CHALLENGER, CHAMPION, open_registry
 from serving.engine.checkpoint import create_checkpoint
 from tests.flows.books import grid
@@ -109,6 +109,17 @@ def test_requests_as_assumed_change_nothing_and_drifted_ones_propose_a_challenge
     assert book.occasion.startswith("Recent requests are not those that version 1 counts on: requests/s of code")
     assert "on them its groups have" in book.occasion
     assert book.demands[1].rate_rps == pytest.approx(5.0, rel=0.2)
+
+    again = plan(_request(home, recent=_trace(home / "still.csv", 3, chat=1.0, code=5.0)))
+    assert (again["version"], again["aliases"], again["book"]) == (drifted["version"], [CHALLENGER], "")
+    assert again["drift"][0].startswith("requests/s of code: 0.5 assumed, ")
+
+
+def test_a_scheduled_run_knows_what_to_plan(home: Path) -> None:
+    """Prefect hands parameters over as JSON."""
+    for request in (_request(home), PlanRequest(cluster={})):
+        (found,) = plan.validate_parameters({"request": request.model_dump(mode="json")}).values()
+        assert found == request
 
 
 def test_what_cannot_be_compared_is_said(first: FleetResult, home: Path) -> None:

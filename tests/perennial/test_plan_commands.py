@@ -15,7 +15,7 @@ from data.profile import Profile
 from flows.publish import publish
 from flows.registry import CHAMPION, Release, open_registry
 from perennial.commands import planning, plans
-from tests.flows.books import LOCAL, book, journey, profile, shared
+from tests.flows.books import LOCAL, book, grid, journey, profile, shared
 
 app = typer.Typer()
 planning.register(app)
@@ -84,6 +84,24 @@ def test_a_plan_is_of_one_thing(home: Path) -> None:
             _run("plan", *options)
     with pytest.raises(InvalidInput, match="cannot read the fleet file"):
         _run("plan", "--fleet", str(home / "absent.json"))
+
+
+@pytest.mark.slow
+def test_several_models_are_planned_and_compared_with_recent_requests(home: Path) -> None:
+    grid().write(home / "measured")
+    told = {"profile": "measured", "slo_s": 30.0, "rate_rps": 1.0, "output_tokens": 16}
+    cluster = {"type": "local-cpu", "instances": 2}
+    (home / "fleet.json").write_text(json.dumps({"cluster": cluster, "models": {"a": told, "b": told}}))
+    planning = ("plan", "--fleet", str(home / "fleet.json"), "--budget-s", "0.2")
+    first = _run(*planning).stdout
+    assert "plan.a-b.local-cpu-2 version 1 (champion)" in first
+    assert "100.0%" in first
+    rows = "".join(f"{0.25 * number},{'aaab'[number % 4]},64,16\n" for number in range(800))
+    (home / "recent.csv").write_text(f"arrival_s,model,input_tokens,output_tokens\n{rows}")
+    drifted = _run(*planning, "--recent", str(home / "recent.csv")).stdout
+    assert "requests/s of a: 1 assumed, 3 seen" in drifted
+    assert "version 2 (challenger)" in drifted
+    assert "(challenger) counts on; nothing is planned" in _run(*planning, "--recent", str(home / "recent.csv")).stdout
 
 
 def test_an_empty_registry_says_how_to_fill_it(home: Path) -> None:
