@@ -156,7 +156,7 @@ def publish_fleet(
     book: SharedPlanBook, error: FitError, folders: dict[str, str], request: FleetRequest, alias: str | None
 ) -> Published:  # fmt: skip
     """Publish under `alias` with a summary among the run's artifacts."""
-    create_markdown_artifact(key="plan-summary", markdown=markdown(book, error))
+    create_markdown_artifact(key="fleet-plan-summary", markdown=markdown(book, error))
     published = publish_book(
         book.to_bytes().decode(),
         error,
@@ -166,7 +166,7 @@ def publish_fleet(
         alias,
     )
     link = f"models:/{published.name}/{published.version}"
-    create_link_artifact(key="plan-version", link=link, link_text=published.name)
+    create_link_artifact(key="fleet-plan-version", link=link, link_text=published.name)
     return published
 
 
