@@ -15,6 +15,7 @@ from typing import Any
 from data.canonical import exactly
 from data.errors import InvalidInput
 from data.layout import ParallelConfig
+from data.placement import Shape
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -62,6 +63,11 @@ class SharedGroup:
     def devices(self) -> int:
         """Devices of the group."""
         return self.stages * self.shards
+
+    @property
+    def shape(self) -> Shape:
+        """Its degrees, as a placement has them."""
+        return Shape(self.shards, self.stages)
 
     @property
     def models(self) -> tuple[str, ...]:

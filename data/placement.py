@@ -40,7 +40,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class StageProfile:
-    """Seconds that one request takes in every stage, and the bytes of weights on each device of every stage."""
+    """Seconds that one request takes in every stage, and the bytes of weights on each device of every stage.
+
+    A batch is a line of its own: of B requests at once each takes B equal stages, one after the other, so that a
+    request takes its time and every stage's time another may begin (see `planning.hosting`).
+    """
 
     latency_s: tuple[float, ...]
     weight_bytes: tuple[float, ...]

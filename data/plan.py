@@ -131,6 +131,11 @@ class PlanBook:
         """Checksum of the canonical body: equal books have equal checksums."""
         return checksum(self._body())
 
+    @property
+    def title(self) -> str:
+        """What the book is for: its model's name."""
+        return self.model.name
+
     def plan_for(self, state: ClusterState, now: ParallelConfig | None = None) -> Plan:
         """The plan of `state`, or of the listed state within it that has most devices, while `now` is in force.
 
@@ -205,27 +210,6 @@ class _Index:
         greatest = ClusterState.of({name: min(count, self.most.get(name, 0)) for name, count in state.counts})
         listed = self.plans.get(greatest)
         return listed or next((plan for plan in self.largest if state.contains(plan.state)), None)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanChange:
-    """The plans that two books give for one state; None where a book does not list it."""
-
-    state: ClusterState
-    before: Plan | None
-    after: Plan | None
-
-
-def difference(before: PlanBook, after: PlanBook) -> tuple[PlanChange, ...]:
-    """The states in which two books choose differently, whatever runs, smallest state first."""
-    old, new = ({plan.state: plan for plan in book.plans} for book in (before, after))
-    states = sorted(old.keys() | new.keys(), key=lambda state: (state.instances, state.key))
-    changes = (PlanChange(state, old.get(state), new.get(state)) for state in states)
-    return tuple(change for change in changes if _chosen(change.before) != _chosen(change.after))
-
-
-def _chosen(plan: Plan | None) -> tuple[ParallelConfig | None, dict[ParallelConfig, ParallelConfig]] | None:
-    return (plan.config, dict(plan.transitions)) if plan else None
 
 
 def stated_sha256(content: bytes) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from data.canonical import checksum, exactly, sealed, unsealed
 from data.cluster import ClusterSpec, ClusterState
+from data.demand import Demand
 from data.deployment import Deployment, SharedGroup
 from data.errors import CorruptData, InvalidInput
 from data.models import ModelSpec
 
 KIND = "shared"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_LONGEST_TITLE = 100
+# What version 1 did not have yet, and what it meant.
+_NEW_BOOK_FIELDS: Mapping[str, Any] = {"demands": [], "occasion": ""}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,19 +37,39 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """The share of requests that meet their SLO, simulated on the arrivals that were planned with.
+
+    `bound` is what no placement exceeds, `by_model` the shares in the order of the book's models.
+    """
+
+    attainment: float
+    bound: float
+    by_model: tuple[float, ...]
+
+    @property
+    def gap(self) -> float:
+        """How much a better placement could gain at most."""
+        return max(0.0, self.bound - self.attainment)
+
+
+@dataclass(frozen=True, slots=True)
 class SharedPlan:
-    """What to run in `state`: None if it cannot hold anything; `reason` says why this."""
+    """What to run in `state`: None if it cannot hold anything; `reason` says why this, `forecast` what it attains."""
 
     state: ClusterState
     deployment: Deployment | None
     reason: str
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPlanBook:
     """The immutable map from every reachable cluster state to its groups. Models are known by their specs' names.
 
-    `speeds` has one for every model and shape that some plan uses, or none at all.
+    `speeds` has one for every model and shape that some plan uses, or none at all. `demands` are what the plans were
+    chosen for, one for every model in their order (none: the groups were told), and `occasion` says what called for
+    this book, if that was a drift from another's demands.
     """
 
     models: tuple[ModelSpec, ...]
@@ -53,6 +77,8 @@ class SharedPlanBook:
     policy: str
     plans: tuple[SharedPlan, ...]
     speeds: tuple[Speed, ...] = ()
+    demands: tuple[Demand, ...] = ()
+    occasion: str = ""
 
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.models]
@@ -63,6 +89,8 @@ class SharedPlanBook:
         for plan in self.plans:
             self._check(plan, {spec.name: spec for spec in self.models})
         self._check_speeds()
+        if self.demands and [one.model for one in self.demands] != names:
+            raise InvalidInput("a plan book has a demand for every one of its models, in their order, or none at all")
 
     def _check(self, plan: SharedPlan, specs: Mapping[str, ModelSpec]) -> None:
         devices = self.cluster.devices(plan.state)
@@ -97,6 +125,11 @@ class SharedPlanBook:
         """Checksum of the canonical body: equal books have equal checksums."""
         return checksum(self._body())
 
+    @property
+    def title(self) -> str:
+        """What the book is for: its models' names."""
+        return fleet_title([spec.name for spec in self.models])
+
     def plan_for(self, state: ClusterState) -> SharedPlan:
         """The plan of `state`, or of the listed state within it that has most devices.
 
@@ -113,10 +146,10 @@ class SharedPlanBook:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> SharedPlanBook:
-        """Read a book. Raises `CorruptData` for anything but an intact book of this kind and schema."""
+        """Read a book of this schema or an older one. Raises `CorruptData` for anything but an intact book."""
         if not is_shared(content):
             raise CorruptData(f"this is no plan book of several models (kind {KIND!r}); publish it again")
-        return _read(unsealed(content, SCHEMA_VERSION, "the plan book"))
+        return _read(_upgraded(unsealed(content, SCHEMA_VERSION, "the plan book")))
 
     def _body(self) -> dict[str, Any]:
         return {
@@ -125,16 +158,18 @@ class SharedPlanBook:
             "models": [spec.to_json() for spec in self.models],
             "cluster": self.cluster.to_json(),
             "policy": self.policy,
-            "plans": [
-                {
-                    "state": plan.state.key,
-                    "groups": [group.to_json() for group in plan.deployment.groups] if plan.deployment else None,
-                    "reason": plan.reason,
-                }
-                for plan in self.plans
-            ],
+            "plans": [_plan_json(plan) for plan in self.plans],
             "speeds": [asdict(speed) for speed in self.speeds],
+            "demands": [demand.to_json() for demand in self.demands],
+            "occasion": self.occasion,
         }
+
+
+def fleet_title(models: Iterable[str]) -> str:
+    """What a fleet of these models is called: their names, or their number and a checksum where that would be long."""
+    names = sorted(models)
+    title = "+".join(names)
+    return title if len(title) <= _LONGEST_TITLE else f"{len(names)}-models-{checksum(title)[:8]}"
 
 
 def is_shared(content: bytes) -> bool:
@@ -146,6 +181,27 @@ def is_shared(content: bytes) -> bool:
     return isinstance(document, dict) and document.get("kind") == KIND
 
 
+def _upgraded(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same book in the present schema."""
+    if body["schema_version"] == SCHEMA_VERSION:
+        return body
+    try:
+        plans = [{**plan, "forecast": None} for plan in body["plans"]]
+    except (KeyError, TypeError) as error:
+        raise CorruptData(f"the plan book's plans cannot be read ({error!r}); publish it again") from error
+    return {**body, **_NEW_BOOK_FIELDS, "plans": plans}
+
+
+def _plan_json(plan: SharedPlan) -> dict[str, Any]:
+    forecast = plan.forecast
+    return {
+        "state": plan.state.key,
+        "groups": [group.to_json() for group in plan.deployment.groups] if plan.deployment else None,
+        "reason": plan.reason,
+        "forecast": {**asdict(forecast), "by_model": list(forecast.by_model)} if forecast else None,
+    }
+
+
 def _read(body: Mapping[str, Any]) -> SharedPlanBook:
     fields = exactly(body, ("kind", "schema_version", *SharedPlanBook.__dataclass_fields__), "the plan book")
     try:
@@ -155,13 +211,19 @@ def _read(body: Mapping[str, Any]) -> SharedPlanBook:
             policy=str(fields["policy"]),
             plans=tuple(_read_plan(plan) for plan in fields["plans"]),
             speeds=tuple(Speed(**exactly(one, Speed.__dataclass_fields__, "a speed")) for one in fields["speeds"]),
+            demands=tuple(Demand.from_json(one) for one in fields["demands"]),
+            occasion=str(fields["occasion"]),
         )
     except (InvalidInput, TypeError, ValueError, AttributeError) as error:
         raise CorruptData(f"the plan book cannot be read ({error}); publish it again") from error
 
 
 def _read_plan(value: Any) -> SharedPlan:
-    fields = exactly(value, ("state", "groups", "reason"), "a plan")
-    groups = fields["groups"]
+    fields = exactly(value, ("state", "groups", "reason", "forecast"), "a plan")
+    groups, told = fields["groups"], fields["forecast"]
     deployment = Deployment(tuple(SharedGroup.from_json(group) for group in groups)) if groups is not None else None
-    return SharedPlan(ClusterState.from_key(str(fields["state"])), deployment, str(fields["reason"]))
+    forecast = None
+    if told is not None:
+        told = exactly(told, Forecast.__dataclass_fields__, "a forecast")
+        forecast = Forecast(float(told["attainment"]), float(told["bound"]), tuple(map(float, told["by_model"])))
+    return SharedPlan(ClusterState.from_key(str(fields["state"])), deployment, str(fields["reason"]), forecast)

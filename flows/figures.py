@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from data.plan import PlanBook
 from data.profile import Profile
+from data.shared_plan import SharedPlanBook
 from flows.summary import curve
 
 _SIZE_INCHES = (7.0, 4.0)
 _MOST_LABELS = 40
+_MOST_LINES = 10
 
 
 def figures(book: PlanBook, profile: Profile | None) -> dict[str, Figure]:
@@ -25,6 +27,22 @@ def figures(book: PlanBook, profile: Profile | None) -> dict[str, Figure]:
     if profile is not None:
         made["steps.png"] = _steps(profile)
     return made
+
+
+def shared_figures(book: SharedPlanBook) -> dict[str, Figure]:
+    """File name → figure: what every number of instances attains, of all models and of each, and the bound."""
+    figure, axes = _figure(1)
+    known = [(plan.state.instances, plan.forecast) for plan in book.plans if plan.forecast]
+    counts = [count for count, _ in known]
+    axes.plot(
+        counts, [forecast.bound for _, forecast in known], linestyle="--", color="gray", label="no placement above"
+    )
+    axes.plot(counts, [forecast.attainment for _, forecast in known], marker="o", linewidth=2, label="all models")
+    for number, spec in enumerate(book.models[:_MOST_LINES]):
+        axes.plot(counts, [forecast.by_model[number] for _, forecast in known], alpha=0.6, label=spec.name)
+    _label(axes, "Requests that meet their SLO", "instances", "share")
+    axes.legend(fontsize="small")
+    return {"attainment.png": figure}
 
 
 def _figure(columns: int) -> tuple[Figure, Any]:

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from data.errors import InvalidInput
 
 if TYPE_CHECKING:
     from flows.evaluate import EvaluateResult
+    from flows.fleet_steps import FleetRequest, FleetResult
     from flows.plan import PlanRequest, PlanResult
     from flows.profile import ProfileRequest
     from flows.progress import Listener
@@ -33,7 +34,16 @@ def run_profile(request: ProfileRequest, *, on_progress: Listener | None = None)
 
 
 def run_plan(request: PlanRequest, *, on_progress: Listener | None = None) -> PlanResult:
-    """Run the flow `plan`; returns what was published."""
+    """Run the flow `plan` for one model; returns what was published."""
+    return cast("PlanResult", _run_plan(request, on_progress))
+
+
+def run_plan_fleet(request: FleetRequest, *, on_progress: Listener | None = None) -> FleetResult:
+    """Run the flow `plan` for several models; returns what was published."""
+    return cast("FleetResult", _run_plan(request, on_progress))
+
+
+def _run_plan(request: PlanRequest | FleetRequest, on_progress: Listener | None) -> PlanResult | FleetResult:
     with _prefect(request.home):
         from flows.plan import plan
         from flows.progress import listening
@@ -52,7 +62,7 @@ def run_evaluate(request: EvaluateRequest, *, on_progress: Listener | None = Non
             return evaluate_with(request)
 
 
-def serve_plan(request: PlanRequest, *, cron: str = "", every_s: float = 0.0) -> None:
+def serve_plan(request: PlanRequest | FleetRequest, *, cron: str = "", every_s: float = 0.0) -> None:
     """Run the flow `plan` on a schedule until interrupted. Raises `InvalidInput` without one."""
     if bool(cron) == (every_s > 0):
         raise InvalidInput("a schedule is either a cron expression or a number of seconds")

@@ -1,8 +1,7 @@
-"""The flow `plan`: profile → cost model → configurations for every cluster state → registry."""
+"""The flow `plan`: profile → cost model → configurations (of several models, groups) for every state → registry."""
 
 # No postponed annotations: Prefect evaluates a flow's parameters where this module's names are unknown.
 
-import subprocess
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, TypedDict
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import TaskRunContext
-from prefect.runtime import flow_run
 from pydantic import BaseModel, Field
 
 from data.availability import read_availability
@@ -20,19 +18,17 @@ from data.cluster import ClusterSpec
 from data.errors import InvalidInput
 from data.plan import SCHEMA_VERSION, Objective, PlanBook
 from data.profile import Profile
+from flows.fleet_steps import FleetRequest, FleetResult
+from flows.plan_fleet import plan_fleet
 from flows.profile import ProfileRequest, profile
-from flows.publish import Published, publish
-from flows.registry import CHAMPION, Registry, Release
+from flows.registry import CHAMPION
+from flows.steps import assess_costs, publish_book, write_book
 from flows.summary import FitError, frontier_rows, summary_markdown
-from flows.tracking import place
 from planning.availability_fit import fit
 from planning.book import Policy, build_book
 from planning.charges import charged
-from planning.costs import CostModel, holdout_error
+from planning.costs import CostModel
 from planning.journey import Outlook
-
-_ROOT = Path(__file__).resolve().parent.parent
-_GIT_S = 2.0
 
 
 class PlanRequest(BaseModel):
@@ -92,15 +88,28 @@ class PlanResult(TypedDict):
 
 
 @flow(name="plan")
-def plan(request: PlanRequest) -> PlanResult:
-    """Plan every state of the fleet, publish the book, and promote it if asked."""
+def plan(request: PlanRequest | FleetRequest) -> PlanResult | FleetResult:
+    """Plan every state of the fleet, for one model or for several, publish the book, and promote it if asked."""
+    return plan_fleet(request) if isinstance(request, FleetRequest) else plan_model(request)
+
+
+def plan_model(request: PlanRequest) -> PlanResult:
+    """Plan every state of a fleet for one model."""
     folder = request.profile or _measured(request)
     measured = Profile.read(folder)
     error = FitError(*assess_costs(measured.sha256, folder))
     content = search_plans(search_key(measured, request), folder, request)
     book = PlanBook.from_bytes(content.encode())
     _show(book, error)
-    published = publish_plan(folder, content, error, request)
+    published = publish_book(
+        content,
+        error,
+        request.search_settings(),
+        request.tags,
+        (request.home, request.registry),
+        CHAMPION if request.promote else None,
+        folder,
+    )
     create_link_artifact(
         key="plan-version", link=f"models:/{published.name}/{published.version}", link_text=published.name
     )
@@ -147,55 +156,14 @@ def outlook(request: PlanRequest) -> Outlook:
     return Outlook(fit(list(traces.values())), charges, traffic, request.waiting_usd_h)
 
 
-def write_book(book: PlanBook, folder: Path) -> Path:
-    """Write a book under its checksum, for `perennial serve --plan`; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = (folder / f"{book.sha256[:16]}.json").absolute()
-    path.write_bytes(book.to_bytes())
-    return path
-
-
-def open_registry(home: str, uri: str = "") -> Registry:
-    """The registry at `uri`, or the one on SQLite in `home`."""
-    return Registry(*place(home, uri))
-
-
 def _cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
     return f"plan-{parameters['key']}"
-
-
-def _assessment_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
-    return f"fit-{parameters['profile_sha256']}"
-
-
-@task(name="assess cost model", cache_key_fn=_assessment_key, persist_result=True, result_serializer="json")
-def assess_costs(profile_sha256: str, folder: str) -> list[float]:
-    """Median and 90th percentile of the relative error on points held out of the fit."""
-    return list(holdout_error(Profile.read(folder)))
 
 
 @task(name="search plans", cache_key_fn=_cache_key, persist_result=True, result_serializer="json")
 def search_plans(key: str, folder: str, request: PlanRequest) -> str:
     """The plan book for a request, as its canonical JSON."""
     return build(Profile.read(folder), request).to_bytes().decode()
-
-
-@task(name="publish plan", retries=2, retry_delay_seconds=1, persist_result=False)
-def publish_plan(folder: str, content: str, error: FitError, request: PlanRequest) -> Published:
-    """Log, register and promote in one transaction, unless this very book is there already."""
-    release = Release(
-        book=PlanBook.from_bytes(content.encode()),
-        profile=Profile.read(folder),
-        error=error,
-        settings={name: str(value) for name, value in request.search_settings().items()},
-        tags={**_origin(), **request.tags},
-    )
-    registry = open_registry(request.home, request.registry)
-    # A schedule that finds nothing new must not make the serving tier reload what it has.
-    for held in registry.list_plans(release.name):
-        if held.sha256 == release.book.sha256 and (CHAMPION in held.aliases or not request.promote):
-            return Published(held.name, held.version, held.sha256, held.aliases)
-    return publish(registry, release, CHAMPION if request.promote else None)
 
 
 def _trace_sha256(path: str) -> str:
@@ -216,19 +184,3 @@ def _measured(request: PlanRequest) -> str:
 def _show(book: PlanBook, error: FitError) -> None:
     create_table_artifact(key="plan-frontier", table=frontier_rows(book), description="Candidates of every state")
     create_markdown_artifact(key="plan-summary", markdown=summary_markdown(book, error))
-
-
-def _origin() -> dict[str, str]:
-    """Which flow run and which commit made a version, as far as they are known."""
-    origin = {"flow_run": str(flow_run.id or ""), "flow_run_name": str(flow_run.name or ""), "git_commit": _commit()}
-    return {name: value for name, value in origin.items() if value}
-
-
-def _commit() -> str:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, timeout=_GIT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return found.stdout.strip()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from prefect.runtime import flow_run
 from prefect.transactions import Transaction, transaction
 
 from flows.registry import Registry, Release
+
+_ROOT = Path(__file__).resolve().parent.parent
+_GIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +59,30 @@ def _undo_by(step: Transaction, name: str, action: Callable[[], None]) -> None:
 
     undo.__name__ = name
     step.stage(name, on_rollback_hooks=[undo])
+
+
+def publish_once(registry: Registry, release: Release, alias: str | None = None) -> Published:
+    """`publish`, unless this very book is there already, with the alias that it is to have.
+
+    A schedule that finds nothing new must not make the serving tier reload what it has.
+    """
+    for held in registry.list_plans(release.name):
+        if held.sha256 == release.book.sha256 and (alias is None or alias in held.aliases):
+            return Published(held.name, held.version, held.sha256, held.aliases)
+    return publish(registry, release, alias)
+
+
+def origin() -> dict[str, str]:
+    """Which flow run and which commit made a version, as far as they are known."""
+    known = {"flow_run": str(flow_run.id or ""), "flow_run_name": str(flow_run.name or ""), "git_commit": _commit()}
+    return {name: value for name, value in known.items() if value}
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, timeout=_GIT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()

@@ -1,4 +1,4 @@
-"""Plan books in the MLflow registry: one registered model per (LLM, cluster), one immutable book per version."""
+"""Plan books in the MLflow registry: one registered model per (LLMs, cluster), one immutable book per version."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time
 
-from matplotlib.figure import Figure
 from pyarrow import parquet
 
+from data.books import Book, PlanChange, difference
 from data.errors import InvalidInput
-from data.plan import PlanBook, PlanChange, difference
 from data.profile import Profile
-from flows.figures import figures
-from flows.summary import FitError, curve_metrics, frontier_table, summary_markdown, transition_table
-from flows.tracking import Tracking
+from flows.book_page import BookPage, book_tags, page_of
+from flows.summary import FitError
+from flows.tracking import Tracking, place
 from serving.controller.plans import SHA256_TAG, RegistryReader, quiet_mlflow
 from serving.errors import NotFound
 
@@ -41,10 +40,11 @@ _PARAM_CHARACTERS = 6000
 class Release:
     """A plan book with everything that is published beside it.
 
-    `settings` become the run's parameters, `tags` its tags (and the version's).
+    `profile` is that of the only model, `error` that of the cost model (of several, the worst). `settings` become the
+    run's parameters, `tags` its tags (and the version's).
     """
 
-    book: PlanBook
+    book: Book
     profile: Profile | None = None
     error: FitError | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -53,11 +53,11 @@ class Release:
     @property
     def name(self) -> str:
         """The registered model's name, such as `plan.llama-3-8b.h200x4-spot`."""
-        return plan_name(self.book.model.name, self.book.cluster.name)
+        return plan_name(self.book.title, self.book.cluster.name)
 
     def all_tags(self) -> dict[str, str]:
         """`tags` and those that follow from the book."""
-        tags = {SHA256_TAG: self.book.sha256, "policy": self.book.policy, "profile_sha256": self.book.profile_sha256}
+        tags = {SHA256_TAG: self.book.sha256, **book_tags(self.book)}
         if self.profile is not None:
             tags["hardware_sha256"] = self.profile.fingerprint.sha256
             tags["hardware"] = self.profile.fingerprint.device
@@ -93,6 +93,11 @@ def plan_name(model: str, cluster: str) -> str:
     return _PREFIX + ".".join(parts)
 
 
+def open_registry(home: str, uri: str = "") -> Registry:
+    """The registry at `uri`, or the one on SQLite in `home`."""
+    return Registry(*place(home, uri))
+
+
 class Registry:
     """The registry at `uri`; `artifacts` is where a local one keeps its files (a server has its own place)."""
 
@@ -107,9 +112,9 @@ class Registry:
         run = self._client.create_run(self._tracking.experiment_id(EXPERIMENT), run_name=release.name)
         run_id = run.info.run_id
         try:
-            pictures = figures(release.book, release.profile)
-            self._log_run_page(run_id, release, pictures)
-            model_id = self._log_model(run_id, release, pictures)
+            page = page_of(release.book, release.profile, release.error)
+            self._log_run_page(run_id, release, page)
+            model_id = self._log_model(run_id, release, page)
         except BaseException:
             self._client.delete_run(run_id)
             raise
@@ -194,7 +199,7 @@ class Registry:
         wanted = [each for each in known if each.startswith(_PREFIX) and name in (None, each)]
         return [version for each in wanted for version in self._versions(each)]
 
-    def load_plan(self, name: str, version: str = CHAMPION) -> PlanBook:
+    def load_plan(self, name: str, version: str = CHAMPION) -> Book:
         """The book of a version number or alias: reads `plan.json` only and executes nothing.
 
         Raises `NotFound`, `CorruptData`, `PlanMismatch`, `Unavailable`.
@@ -216,26 +221,26 @@ class Registry:
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
 
-    def _log_run_page(self, run_id: str, release: Release, pictures: Mapping[str, Figure]) -> None:
+    def _log_run_page(self, run_id: str, release: Release, page: BookPage) -> None:
         now_ms = int(time() * 1000)
-        metrics = [Metric(key, value, now_ms, step) for key, value, step in curve_metrics(release.book)]
+        metrics = [Metric(key, value, now_ms, step) for key, value, step in page.metrics]
         if release.error is not None:
             metrics.append(Metric("cost_model_error_median", release.error.median, now_ms, 0))
             metrics.append(Metric("cost_model_error_p90", release.error.p90, now_ms, 0))
         params = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in sorted(release.settings.items())]
         tags = [RunTag(key, value) for key, value in release.all_tags().items()]
         self._client.log_batch(run_id, metrics=metrics, params=params, tags=tags)
-        for name, figure in pictures.items():
+        for name, figure in page.pictures.items():
             self._client.log_figure(run_id, figure, name)
 
-    def _log_model(self, run_id: str, release: Release, pictures: Mapping[str, Figure]) -> str:
+    def _log_model(self, run_id: str, release: Release, page: BookPage) -> str:
         self._make_global()
         run = partial(mlflow.start_run, run_id=run_id, log_system_metrics=False)
         with TemporaryDirectory(prefix="perennial-plan-") as folder, run():
             info = mlflow.pyfunc.log_model(
                 name=release.name.replace(".", "-"),
                 python_model=str(Path(__file__).with_name("plan_model.py")),
-                artifacts=_write_artifacts(Path(folder), release, pictures),
+                artifacts=_write_artifacts(Path(folder), release, page),
                 pip_requirements=[f"mlflow=={mlflow.__version__}"],
                 tags=release.all_tags(),
             )
@@ -248,14 +253,14 @@ def _plan_version(version: ModelVersion, aliases: tuple[str, ...]) -> PlanVersio
     return PlanVersion(version.name, str(version.version), aliases, created_s, tags.get(SHA256_TAG, ""), tags)
 
 
-def _write_artifacts(folder: Path, release: Release, pictures: Mapping[str, Figure]) -> dict[str, str]:
+def _write_artifacts(folder: Path, release: Release, page: BookPage) -> dict[str, str]:
     """The files of the model. They must be within it: a registered version does not see the run's files."""
     (folder / "plan.json").write_bytes(release.book.to_bytes())
-    (folder / "report.md").write_text(summary_markdown(release.book, release.error), encoding="utf-8")
-    parquet.write_table(frontier_table(release.book), folder / "frontier.parquet")
-    parquet.write_table(transition_table(release.book), folder / "transitions.parquet")
+    (folder / "report.md").write_text(page.report, encoding="utf-8")
+    for name, table in page.tables.items():
+        parquet.write_table(table, folder / f"{name}.parquet")
     (folder / "plots").mkdir()
-    for name, figure in pictures.items():
+    for name, figure in page.pictures.items():
         figure.savefig(folder / "plots" / name)
     if release.profile is not None:
         release.profile.write(folder / "profile")

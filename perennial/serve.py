@@ -66,8 +66,6 @@ def run(options: ServeOptions) -> int:
 
 def _configuration(options: ServeOptions, settings: Settings) -> ServingSettings:
     models = checkpoint_fields(options.checkpoint)
-    if "checkpoints" in models and options.plan is None:
-        raise InvalidInput("several models are served by a plan book of theirs: make one with `perennial plan-groups`")
     if options.plan is not None and not options.plan.is_file():
         raise InvalidInput(f"there is no plan book {options.plan}; make one with `perennial plan`")
     registry = {} if options.plan else {"registry": options.registry or settings.registry_uri}
@@ -86,16 +84,19 @@ def _configuration(options: ServeOptions, settings: Settings) -> ServingSettings
 
 
 def _only_plan(options: ServeOptions, settings: Settings) -> str:
-    """The registered plan for this checkpoint's model, if there is just one."""
+    """The registered plan for this checkpoint's model, or these models, if there is just one."""
+    from data.shared_plan import fleet_title
     from flows.registry import Registry, plan_name
     from serving.engine.weights import read_spec
 
-    prefix = plan_name(read_spec(options.checkpoint[0]).name, "x").removesuffix("x")
+    several = checkpoint_fields(options.checkpoint).get("checkpoints")
+    title = fleet_title(several) if several else read_spec(options.checkpoint[0]).name
+    prefix = plan_name(title, "x").removesuffix("x")
     registry = Registry(options.registry or settings.registry_uri, settings.home / "mlflow-artifacts")
     names = sorted({one.name for one in registry.list_plans() if one.name.startswith(prefix)})
     if len(names) != 1:
         known = f"choose one with --model: {', '.join(names)}" if names else "make one with `perennial plan`"
-        raise InvalidInput(f"{len(names)} registered plans are for this model; {known}, or serve a file with --plan")
+        raise InvalidInput(f"{len(names)} registered plans are for {title}; {known}, or serve a file with --plan")
     return names[0]
 
 

@@ -10,10 +10,12 @@ from typing import Literal, get_args
 from data.errors import InvalidInput
 from data.explanation import Candidate, Estimate
 from data.layout import ParallelConfig
+from data.placement import Shape
 from data.plan import Objective
 from planning.costs import CostModel
 from planning.queueing import late_share, waiting_s
 from planning.static_batch import first_best
+from planning.uneven import quickest_partition
 
 Momentary = Literal["perennial", "spotserve"]
 
@@ -50,9 +52,9 @@ def choose(costs: CostModel, devices: int, objective: Objective, limits: Limits,
 
     `perennial`: any stages and shards; the smallest predicted latency including queueing among
     those that sustain the required rate (with an SLO: the fewest devices that keep it), else the
-    largest throughput; fewest devices among equals. `spotserve`: Algorithm 1 of SpotServe
-    (ASPLOS'24) on this cost model: stages divide the layers, shards and batches are powers of two,
-    all devices are used, the first of equals wins.
+    largest throughput; fewest devices among equals; at last uneven stages where they are quicker.
+    `spotserve`: Algorithm 1 of SpotServe (ASPLOS'24) on this cost model: stages divide the layers,
+    shards and batches are powers of two, all devices are used, the first of equals wins.
     """
     if policy not in get_args(Momentary):
         raise InvalidInput(f"policy {policy} is not one of {', '.join(get_args(Momentary))}")
@@ -77,6 +79,7 @@ class Search:
         if not fitting:
             return Choice(None, None, self.explain_misfit(devices))
         best, met = _published_best(fitting, self._objective) if published else _best(fitting, self._objective)
+        best = best if published else self._uneven(best)
         reason = _reason(best, met, fitting, self._objective, devices)
         frontier = tuple(replace(one, estimate=self._with_residency(one)) for one in _frontier(best, fitting))
         return Choice(best.config, self._with_residency(best), reason, frontier)
@@ -146,19 +149,18 @@ class Search:
             sizes = [1 << power for power in range(self._limits.most_batch.bit_length())]
             memory = {size: self._memory(stages, shards, size) for size in sizes}
             fitting = [size for size in sizes if memory[size] <= self._limits.memory_bytes]
-            table = self._latencies(stages, shards, fitting[-1]) if fitting else {}
+            table = self._latencies(ParallelConfig(1, stages, shards, fitting[-1])) if fitting else {}
             self._known[stages, shards] = [_Batch(size, memory[size], table) for size in fitting]
         return self._known[stages, shards]
 
     def _memory(self, stages: int, shards: int, batch: int) -> int:
         return self._costs.memory_bytes(ParallelConfig(1, stages, shards, batch), self._tokens)
 
-    def _latencies(self, stages: int, shards: int, most: int) -> dict[int, float]:
+    def _latencies(self, config: ParallelConfig) -> dict[int, float]:
         wanted = self._objective
-        config = ParallelConfig(1, stages, shards, most)
         return {
             batch: self._costs.request_latency_s(config, batch, wanted.input_tokens, wanted.output_tokens)
-            for batch in _occupancies(most)
+            for batch in _occupancies(config.max_batch)
         }
 
     def _at_rate(self, config: ParallelConfig, batch: _Batch) -> Candidate:
@@ -170,6 +172,19 @@ class Search:
             latency_s = self._settled_s(config, batch.latency_s) + (wait_s if wait_s < inf else 0.0)
             self._rated[config] = Candidate(config, Estimate(latency_s, servers / service_s, batch.memory_bytes))
         return self._rated[config]
+
+    def _uneven(self, best: Candidate) -> Candidate:
+        """The same configuration with the quickest partition, if that fits and serves quicker."""
+        config, wanted = best.config, self._objective
+        context = wanted.input_tokens + wanted.output_tokens // 2
+        partition = quickest_partition(self._costs, Shape(config.shards, config.stages), config.max_batch, context)
+        uneven = replace(config, partition=partition)
+        memory_bytes = self._costs.memory_bytes(replace(uneven, replicas=1), self._tokens)
+        if not partition or memory_bytes > self._limits.memory_bytes:
+            return best
+        table = self._latencies(replace(uneven, replicas=1))
+        found = self._at_rate(uneven, _Batch(config.max_batch, memory_bytes, table))
+        return min(best, found, key=lambda one: one.estimate.latency_s)
 
     def _settled_s(self, config: ParallelConfig, table: Mapping[int, float]) -> float:
         """Seconds in service where as many requests are in service as the required rate brings there."""

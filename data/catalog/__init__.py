@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from data.cluster import InstanceType
+from data.cluster import ClusterSpec, InstanceType
 from data.errors import InvalidInput
 from data.models import ModelSpec
 
@@ -35,6 +36,14 @@ def instance_type(name: str) -> InstanceType:
 def instance_sources(name: str) -> dict[str, str]:
     """Where the hardware figures and each price of an instance type are from."""
     return dict(_entry("instances", name)["source"])
+
+
+def cluster_of(type: str, instances: int, memory_mb: float = 0.0) -> ClusterSpec:  # noqa: A002 - as in files
+    """Up to `instances` instances of a known type, of which a device has `memory_mb` (0: as it is)."""
+    kind = instance_type(type)
+    if memory_mb:
+        kind = replace(kind, memory_bytes=int(memory_mb * 1e6))
+    return ClusterSpec(f"{type}-{instances}", (kind,), (instances,))
 
 
 def model_shape(name: str) -> ModelSpec:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from data.explanation import Estimate
     from data.layout import ParallelConfig
     from data.plan import Plan, PlanBook
+    from data.shared_plan import SharedPlan
 
 _MOST_EXPLAINED = 8  # states; a larger book is explained state by state
 
@@ -22,7 +23,7 @@ def print_book(book: PlanBook) -> None:
     for plan in book.plans:
         whole = f"{book.cluster.price_usd_h(plan.state):.2f}"
         *numbers, price, keeps = _numbers(plan.estimate)
-        table.add_row(plan.state.key, config_of(plan), *numbers, price, whole, keeps)
+        table.add_row(plan.state.key, choice_of(plan), *numbers, price, whole, keeps)
     console.print(f"{book.model.name} on {book.cluster.name}, policy {book.policy}, plan book {book.sha256[:12]}")
     console.print(table)
     if book.assumptions:
@@ -53,9 +54,15 @@ def print_plan(book: PlanBook, plan: Plan, now: ParallelConfig | None = None) ->
         console.print(f"[dim]  {loss.words(plan.config)}[/dim]")
 
 
-def config_of(plan: Plan | None) -> str:
-    """The configuration of a plan, or a dash."""
-    return str(plan.config) if plan and plan.config else "–"
+def choice_of(plan: Plan | SharedPlan | None) -> str:
+    """What a plan runs, a configuration or groups, or a dash."""
+    from data.shared_plan import SharedPlan
+
+    if plan is None:
+        return "–"
+    if isinstance(plan, SharedPlan):
+        return str(plan.deployment or "–")
+    return plan.config.key if plan.config else "–"
 
 
 def _numbers(estimate: Estimate | None) -> tuple[str, str, str, str, str]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data.errors import CorruptData, InvalidInput
-from perennial.commands.explanation import print_book
+from perennial.commands.plan_runs import bar, run_fleet, run_model
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -73,7 +70,7 @@ def profile(
     from serving.settings import EngineSettings
 
     engine = EngineSettings(device=device, dtype=dtype, numerics=numerics)
-    with _bar() as report:
+    with bar() as report:
         measured, folder = _measure(checkpoint, engine, max_shards, budget_s, out, report)
     if out is not None and folder != out:
         measured.write(out)
@@ -86,6 +83,11 @@ def profile(
 def plan(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint to measure; not needed with --profile.")] = "",
     profile: Annotated[str, typer.Option(help="Folder of a profile that was measured before.")] = "",
+    fleet: Annotated[Path | None, typer.Option(help="Several models: a JSON file of models, SLOs and fleet.")] = None,
+    search_s: Annotated[float, typer.Option("--budget-s", min=0.0, help="With --fleet: seconds to search.")] = 10.0,
+    recent: Annotated[
+        Path | None, typer.Option(help="With --fleet: compare the champion with these requests (CSV or journal).")
+    ] = None,
     cluster: Annotated[Path | None, typer.Option(help="JSON file of the fleet (name, types, most).")] = None,
     type: Annotated[str, typer.Option(help="Instance type from the catalog.")] = "local-cpu",  # noqa: A002
     instances: Annotated[int, typer.Option(help="At most this many instances.")] = 4,
@@ -116,29 +118,42 @@ def plan(
     every: Annotated[float, typer.Option(help="With --serve: seconds between runs.")] = 3600.0,
     cron: Annotated[str, typer.Option(help="With --serve: a cron expression instead.")] = "",
 ) -> None:
-    """Search a configuration for every cluster state and publish the plan book."""
+    """Search a configuration for every cluster state, or groups for several models, and publish the plan book."""
     require("prefect", "mlflow")
-    from data.plan import PlanBook
-    from flows.local import run_plan, serve_plan
+    if (fleet is None) == (not checkpoint and not profile) or (recent is not None and fleet is None):
+        raise InvalidInput("name a checkpoint, a --profile or a --fleet file; --recent goes with --fleet")
+    from flows.fleet_file import FleetFile
+    from flows.fleet_steps import FleetRequest
     from flows.plan import PlanRequest
     from perennial.settings import load_settings
 
     settings = load_settings()
-    home = str(settings.home.absolute())  # scheduled runs start in another folder
-    measure = {
-        "checkpoint": str(Path(checkpoint).absolute()),
-        "home": home,
-        "device": device,
-        "dtype": dtype,
-        "numerics": numerics,
-    }
+    engine = {"device": device, "dtype": dtype, "numerics": numerics, "max_shards": max_shards}
+    where = {"home": str(settings.home.absolute()), "registry": settings.registry_uri}  # scheduled runs start elsewhere
+    if fleet is not None:
+        FleetFile.read(fleet)  # a mistake in it is said before Prefect has started
+        run_fleet(
+            valid(
+                FleetRequest,
+                **where,
+                **engine,
+                fleet=str(fleet.absolute()),
+                recent=str(recent.absolute()) if recent else "",
+                budget_s=search_s,
+                most_batch=max_batch,
+                measure_s=budget_s,
+                promote=promote,
+            ),
+            (cron, every) if serve else None,
+        )
+        return
+    measure = {"checkpoint": str(Path(checkpoint).absolute()), "home": where["home"], "budget_s": budget_s, **engine}
     request = valid(
         PlanRequest,
+        **where,
         cluster=_cluster(cluster, type, instances, memory_mb).to_json(),
         profile=str(Path(profile).absolute()) if profile else "",
-        measure={**measure, "max_shards": max_shards, "budget_s": budget_s} if checkpoint else None,
-        home=home,
-        registry=settings.registry_uri,
+        measure=measure if checkpoint else None,
         required_rps=rate,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
@@ -151,18 +166,7 @@ def plan(
         most_batch=max_batch,
         promote=promote,
     )
-    if serve:
-        every_s = 0.0 if cron else every
-        Console().print(f"planning {f'at {cron!r}' if cron else f'every {every:g} s'}; stop with Ctrl-C")
-        serve_plan(request, cron=cron, every_s=every_s)
-        return
-    with _bar() as report:
-        result = run_plan(request, on_progress=report)
-    print_book(PlanBook.from_bytes(Path(result["book"]).read_bytes()))
-    error, aliases = result["cost_model_error"], ", ".join(result["aliases"]) or "no alias"
-    console = Console()
-    console.print(f"{result['name']} version {result['version']} ({aliases}); plan book {result['book']}")
-    console.print(f"cost model error on held-out points: median {error['median']:.1%}, P90 {error['p90']:.1%}")
+    run_model(request, (cron, every) if serve else None)
 
 
 def _measure(
@@ -224,18 +228,15 @@ def pairs(fields: list[str] | None) -> dict[str, str]:
 
 
 def _cluster(path: Path | None, type_name: str, instances: int, memory_mb: float) -> ClusterSpec:
-    from data.catalog import instance_type
+    from data.catalog import cluster_of
     from data.cluster import ClusterSpec
 
-    if path is not None:
-        try:
-            return ClusterSpec.from_json(json.loads(path.read_bytes()))
-        except ValueError as error:
-            raise CorruptData(f"{path} is not JSON; write name, types and most of the fleet") from error
-    kind = instance_type(type_name)
-    if memory_mb:
-        kind = replace(kind, memory_bytes=int(memory_mb * 1e6))
-    return ClusterSpec(f"{type_name}-{instances}", (kind,), (instances,))
+    if path is None:
+        return cluster_of(type_name, instances, memory_mb)
+    try:
+        return ClusterSpec.from_json(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise CorruptData(f"{path} is not JSON; write name, types and most of the fleet") from error
 
 
 def require(*modules: str) -> None:
@@ -243,15 +244,3 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise InvalidInput(f"planning needs {', '.join(missing)}; install perennial[plan]")
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[Step], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def report(step: Step) -> None:
-            progress.update(task, description=f"measuring {step.what}", completed=step.done, total=step.total or None)
-
-        yield report

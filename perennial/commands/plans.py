@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from data.errors import InvalidInput
-from perennial.commands.explanation import config_of, print_book, print_plan
+from perennial.commands.explanation import choice_of, print_book, print_plan
+from perennial.commands.shared_explanation import print_shared_book
 
 if TYPE_CHECKING:
     from flows.registry import Registry
@@ -48,9 +49,13 @@ def show(
     """Show what a plan book runs in every state, and why; with --state, what was chosen from."""
     from data.cluster import ClusterState
     from data.layout import ParallelConfig
+    from data.shared_plan import SharedPlanBook
 
     registry = _registry()
     book = registry.load_plan(_only(registry, name), version)
+    if isinstance(book, SharedPlanBook):
+        print_shared_book(book, ClusterState.from_key(state) if state else None)
+        return
     if not state:
         print_book(book)
         return
@@ -65,9 +70,8 @@ def diff(before: Version, after: Version, name: Name = None) -> None:
     changes = registry.diff(_only(registry, name), before, after)
     table = Table("state", before, after)
     for change in changes:
-        same = change.before and change.after and change.before.config == change.after.config
-        after_it = f"{config_of(change.after)} (other transitions)" if same else config_of(change.after)
-        table.add_row(change.state.key, config_of(change.before), after_it)
+        old, new = choice_of(change.before), choice_of(change.after)
+        table.add_row(change.state.key, old, f"{new} (other transitions)" if new == old else new)
     Console().print(table if changes else f"{before} and {after} choose the same configurations")
 
 

@@ -77,7 +77,7 @@ def _weight_bytes(fleet: SharedFleet, model: int, shape: Shape) -> float:
 def _latency_s(fleet: SharedFleet, model: int, shape: Shape) -> float:
     """As it is simulated: with the charge for every stage and the overhead of every request."""
     profile = fleet.profiles[fleet.models[model].kind][shape]
-    return sum(profile.latency_s) * (1 + STAGE_PENALTY * shape.stages) + OVERHEAD_S
+    return sum(profile.latency_s) * (1 + STAGE_PENALTY * len(profile.latency_s)) + OVERHEAD_S
 
 
 def _too_large(fleet: SharedFleet, number: int, model: HostedModel, shapes: list[Shape]) -> str:

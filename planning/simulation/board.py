@@ -95,7 +95,7 @@ def costs_of(tables: Tables) -> Costs:
         stage_s=tables.stage_s,
         line_s=tables.stage_s.sum(axis=1),
         slowest_s=tables.stage_s.max(axis=1),
-        stages=np.array([shape.stages for shape in tables.shapes]),
+        stages=tables.stages,
         weights=tables.weights(),
     )
 

@@ -25,7 +25,8 @@ class Tables:
     """Row `kinds[m] * len(shapes) + c` of `stage_s` and `weight_bytes` is model m in shape c.
 
     `stage_s` are the simulated stage times: profile × (1 + 0.009 × stages), rounded to float32, kept as float64; 0
-    beyond the last stage, infinite where there is no profile. There are `SHORT_STAGES` columns or more.
+    beyond the last stage, infinite where there is no profile. There are `SHORT_STAGES` columns or more. `stages` is per
+    shape the most stages of any profile.
     `weight_bytes` is the largest stage's (memory rule A), infinite likewise. `slo_s` is rounded to float32 too.
     """
 
@@ -33,6 +34,7 @@ class Tables:
     shapes: tuple[Shape, ...]
     kinds: Ints
     devices: Ints
+    stages: Ints
     stage_s: Floats
     weight_bytes: Floats
     slo_s: Floats
@@ -43,12 +45,18 @@ class Tables:
         every = tuple(sorted({*fleet.shapes, *(shapes or ())}))
         names = sorted(fleet.profiles)
         profiles = [fleet.profiles[name].get(shape) for name in names for shape in every]
-        width = max(SHORT_STAGES, *(shape.stages for shape in every))
+        lines = [
+            [len(profile.latency_s) for kind in names if (profile := fleet.profiles[kind].get(shape))]
+            for shape in every
+        ]
+        stages = [max(found, default=shape.stages) for found, shape in zip(lines, every, strict=True)]
+        width = max(SHORT_STAGES, *stages)
         return cls(
             fleet=fleet,
             shapes=every,
             kinds=np.array([names.index(model.kind) for model in fleet.models], dtype=np.int64),
             devices=np.array([shape.devices for shape in every], dtype=np.int64),
+            stages=np.array(stages, dtype=np.int64),
             stage_s=np.array([_stage_row(profile, width) for profile in profiles]),
             weight_bytes=np.array([profile.widest_bytes if profile else np.inf for profile in profiles]),
             slo_s=np.array([model.slo_s for model in fleet.models], dtype=np.float32).astype(np.float64),

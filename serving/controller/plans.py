@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from data.books import Book, read_book
 from data.errors import CorruptData, PerennialError
 from data.models import ModelSpec
 from data.plan import PlanBook, stated_sha256
-from data.shared_plan import SharedPlanBook, is_shared
 from serving.errors import NotFound, PlanMismatch, Unavailable
 
 if TYPE_CHECKING:
@@ -33,13 +33,12 @@ _QUIET = {
 _GEOMETRY = ("family", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 
 
-def read_plan_file(path: str | os.PathLike[str]) -> PlanBook | SharedPlanBook:
+def read_plan_file(path: str | os.PathLike[str]) -> Book:
     """Read a plan book, of one model or of several, from a file. Raises `CorruptData` unless it is an intact book."""
-    content = Path(path).read_bytes()
-    return SharedPlanBook.from_bytes(content) if is_shared(content) else PlanBook.from_bytes(content)
+    return read_book(Path(path).read_bytes())
 
 
-def check_book(book: PlanBook | SharedPlanBook, specs: Mapping[str, ModelSpec]) -> None:
+def check_book(book: Book, specs: Mapping[str, ModelSpec]) -> None:
     """Raise `PlanMismatch` if a book is for other models than those served; the only one is `specs[""]`."""
     planned = {"": book.model} if isinstance(book, PlanBook) else {spec.name: spec for spec in book.models}
     if planned.keys() != specs.keys():
@@ -89,7 +88,7 @@ class RegistryReader:
                 raise NotFound(f"the registry has no plan {name}@{version}; see `perennial plans list`") from error
             raise Unavailable(f"the registry {self.uri} does not answer: {error.message}") from error
 
-    def fetch(self, version: ModelVersion) -> PlanBook:
+    def fetch(self, version: ModelVersion) -> Book:
         """Download and read `plan.json` of a version, and nothing else.
 
         Raises `CorruptData` if it is damaged, `PlanMismatch` if another book was registered, `Unavailable`
@@ -98,7 +97,7 @@ class RegistryReader:
         where = f"plan {version.name} version {version.version}"
         content = self._download(version)
         try:
-            book = PlanBook.from_bytes(content)
+            book = read_book(content)
         except CorruptData as error:
             raise CorruptData(f"{where} cannot be read: {error}") from error
         stated = stated_sha256(content)
@@ -128,7 +127,7 @@ class PlanSource:
         self._name, self._alias = name, alias
         self._seen: str | None = None
 
-    def poll(self) -> tuple[PlanBook, str] | None:
+    def poll(self) -> tuple[Book, str] | None:
         """The book and version that the alias points to, if that is another version than last time.
 
         Raises what `RegistryReader` raises; a damaged version is reported once, then left alone

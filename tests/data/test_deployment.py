@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from data.deployment import Deployment, Hosted, SharedGroup, split_name, tensor_name
 from data.errors import InvalidInput
 from data.layout import ParallelConfig
+from data.placement import Shape
 
 SMALL, LARGE = Hosted("small", 8, 0.25), Hosted("large", 4, 0.75, (3, 5))
 
@@ -36,6 +37,7 @@ def test_groups_are_values_whatever_the_order_they_are_given_in() -> None:
     assert [deployment.batch(model) for model in ("small", "large", "other")] == [24, 8, 0]
     assert (deployment.devices, deployment.models, deployment.uniform) == (5, ("large", "small"), None)
     assert str(deployment) == "P1·T1(small·B8) + 2×P2·T1(large·B4, small·B8)"
+    assert group.shape == Shape(shards=1, stages=2)
     assert group.config(LARGE) == ParallelConfig(1, 2, 1, 4, (3, 5))
     assert SharedGroup.from_json(json.loads(json.dumps(group.to_json()))) == group
 

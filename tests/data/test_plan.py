@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.books import difference
 from data.canonical import canonical_json, checksum
 from data.catalog import instance_type, model_shape
 from data.cluster import ClusterSpec, ClusterState
 from data.errors import CorruptData, InvalidInput
 from data.explanation import Candidate, Estimate, Move
 from data.layout import ParallelConfig
-from data.plan import Objective, Plan, PlanBook, difference, stated_sha256
+from data.plan import Objective, Plan, PlanBook, stated_sha256
 
 SMALL, LARGE = instance_type("local-cpu"), replace(instance_type("local-cpu"), name="large", devices=4)
 FLEET = ClusterSpec("fleet", (SMALL, LARGE), (4, 2))

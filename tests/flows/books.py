@@ -1,15 +1,18 @@
-"""A small plan book and profile, made by hand."""
+"""Small plan books and a profile, made by hand."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
+from data.demand import Demand
+from data.deployment import Deployment, Hosted, SharedGroup
 from data.explanation import Candidate, Estimate, Move
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, Plan, PlanBook
 from data.profile import Fingerprint, Profile
+from data.shared_plan import Forecast, SharedPlan, SharedPlanBook
 
 MODEL = ModelSpec(
     name="Tiny/Llama",
@@ -62,6 +65,21 @@ def journey() -> PlanBook:
     return replace(book(), policy="journey", plans=(one, two, staying), moves=moves, assumptions="nothing is lost")
 
 
+def shared(max_batch: int = 4) -> SharedPlanBook:
+    """Two models on one and on two machines."""
+    models = tuple(replace(MODEL, name=name) for name in ("chat", "code"))
+    group = SharedGroup(1, 1, tuple(Hosted(spec.name, max_batch, 0.5) for spec in models))
+    forecast = Forecast(0.9, 0.95, (0.85, 1.0))
+    plans = (
+        SharedPlan(ClusterState.of({}), None, "there is no instance"),
+        SharedPlan(ClusterState.of({"local-cpu": 1}), Deployment((group,)), "the best that was found", forecast),
+        SharedPlan(ClusterState.of({"local-cpu": 2}), Deployment((group, group)), "as before", forecast),
+    )
+    demands = tuple(Demand(spec.name, 2.0, 1.5, 1.0, 32, 16) for spec in models)
+    cluster = ClusterSpec("local-2", (LOCAL,), (2,))
+    return SharedPlanBook(models, cluster, "placement", plans, demands=demands, occasion="more is asked of chat")
+
+
 def profile() -> Profile:
     """Two step times and one link time."""
     fingerprint = Fingerprint.of(
@@ -74,3 +92,25 @@ def profile() -> Profile:
     ]
     links = [{"kind": "network", "bytes": 1 << 20, "time_ms": 1.0, "repeats": 3}]
     return Profile.of(MODEL, fingerprint, steps, links)
+
+
+def grid() -> Profile:
+    """Enough step times to fit a cost model and to hold some out: linear in layers, tokens and sequences."""
+    steps = [
+        {
+            "phase": phase,
+            "part": "layers",
+            "layers": layers,
+            "shards": 1,
+            "batch": batch,
+            "tokens": tokens,
+            "context": 32,
+            "time_ms": layers * (1.0 + 0.1 * batch * tokens),
+            "spread_ms": 0.1,
+            "repeats": 3,
+        }
+        for phase, sizes in (("prefill", ((1, 16), (1, 32), (1, 64))), ("decode", ((1, 1), (4, 1), (8, 1))))
+        for layers in (1, 2, 4)
+        for batch, tokens in sizes
+    ]
+    return Profile.of(MODEL, profile().fingerprint, steps, profile().links.to_pylist())

@@ -13,9 +13,10 @@ from data.errors import InvalidInput, PerennialError
 from data.plan import PlanBook
 from data.profile import Profile
 from flows import profile as profile_flow
-from flows.plan import PlanRequest, PlanResult, open_registry, plan, search_key
+from flows.plan import PlanRequest, PlanResult, plan, search_key
 from flows.profile import ProfileRequest
 from flows.progress import listening
+from flows.registry import open_registry
 from profiling.campaign import Progress
 from serving.engine.checkpoint import create_checkpoint
 from tests.flows.books import LOCAL

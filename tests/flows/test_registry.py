@@ -15,7 +15,7 @@ from flows.summary import FitError
 from serving.controller.plans import PlanSource, read_plan_file
 from serving.errors import NotFound, PlanMismatch, Unavailable
 from tests.data.test_plan import first_version
-from tests.flows.books import book, journey, profile
+from tests.flows.books import book, journey, profile, shared
 
 NAME = "plan.tiny-llama.local-4"
 
@@ -100,6 +100,32 @@ def test_a_journey_shows_what_follows_what(registry: Registry, tmp_path: Path) -
     assert (inside / "plots" / "transitions.png").stat().st_size > 0
     report = (inside / "report.md").read_text()
     assert "nothing is lost" in report
+
+
+def test_a_book_of_several_models_is_published_like_any_other(registry: Registry, tmp_path: Path) -> None:
+    name = "plan.chat-code.local-2"
+    for batch in (2, 4):
+        publish(registry, Release(shared(batch), error=FitError(0.03, 0.1)), CHAMPION)
+    assert registry.load_plan(name) == shared()
+    assert registry.aliases(name) == {CHAMPION: "2", LAST_GOOD: "1"}
+    assert [change.state.instances for change in registry.diff(name, "1", "2")] == [1, 2]
+    version = registry.list_plans(name)[0]
+    assert version.tags["attainment"] == "0.9000"
+    assert version.tags["attainment.chat"] == "0.8500"
+    assert version.tags["attainment_gap"] == "0.0500"
+    assert version.tags["occasion"] == "more is asked of chat"
+    history = mlflow.MlflowClient(registry.uri).get_metric_history
+    run_id = mlflow.MlflowClient(registry.uri).get_model_version(name, "2").run_id
+    assert {metric.step: metric.value for metric in history(run_id, "attainment.code")} == {1: 1.0, 2: 1.0}
+    inside = next(path.parent for path in tmp_path.rglob("plan.json") if path.read_bytes() == shared().to_bytes())
+    assert [row["model"] for row in parquet.read_table(inside / "groups.parquet").to_pylist()] == ["chat", "code"] * 3
+    assert (inside / "plots" / "attainment.png").stat().st_size > 0
+    assert "| chat | 2 | 1.5 | 1 | 32 | 16 | told |" in (inside / "report.md").read_text()
+    (answer,) = mlflow.pyfunc.load_model(f"models:/{name}@{CHAMPION}").predict([{"local-cpu": 5}])
+    assert answer["state"] == "local-cpu=2"
+    assert PlanSource(registry.uri, name).poll() == (shared(), "2")
+    registry.rollback(name)
+    assert registry.load_plan(name) == shared(2)
 
 
 def test_a_book_of_the_first_version_is_still_served(registry: Registry, tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from typer.testing import CliRunner, Result
 
 from data.errors import InvalidInput, PerennialError
 from data.profile import Profile
-from flows.plan import open_registry
 from flows.publish import publish
-from flows.registry import CHAMPION, Release
+from flows.registry import CHAMPION, Release, open_registry
 from perennial.commands import planning, plans
-from tests.flows.books import LOCAL, book, journey, profile
+from tests.flows.books import LOCAL, book, grid, journey, profile, shared
 
 app = typer.Typer()
 planning.register(app)
@@ -65,6 +64,44 @@ def test_a_state_is_explained_with_what_runs(home: Path) -> None:
     assert "one local-cpu less: stays D1·P2·T1·B4" in staying
     with pytest.raises(InvalidInput, match="write one like D2"):
         _run("plans", "show", "--state", "local-cpu=3", "--now", "2x2")
+
+
+def test_books_of_several_models_have_the_same_commands(home: Path) -> None:
+    for batch in (2, 4):
+        publish(open_registry(str(home)), Release(shared(batch)), CHAMPION)
+    shown = _run("plans", "show").stdout
+    assert "more is asked of chat." in shown
+    assert "2×P1·T1(chat·B4, code·B4)" in shown
+    assert "local-cpu=2: as before" in shown
+    assert "local-cpu=2" not in _run("plans", "show", "--state", "local-cpu=1").stdout
+    assert "P1·T1(chat·B2, code·B2)" in _run("plans", "diff", "1", "2").stdout
+    assert "version 1 is champion again" in _run("plans", "rollback").stdout
+
+
+def test_a_plan_is_of_one_thing(home: Path) -> None:
+    for options in ([], ["--fleet", "f", "--profile", "p"], ["--profile", "p", "--recent", "r"]):
+        with pytest.raises(InvalidInput, match="name a checkpoint, a --profile or a --fleet file"):
+            _run("plan", *options)
+    with pytest.raises(InvalidInput, match="cannot read the fleet file"):
+        _run("plan", "--fleet", str(home / "absent.json"))
+
+
+@pytest.mark.slow
+def test_several_models_are_planned_and_compared_with_recent_requests(home: Path) -> None:
+    grid().write(home / "measured")
+    told = {"profile": "measured", "slo_s": 30.0, "rate_rps": 1.0, "output_tokens": 16}
+    cluster = {"type": "local-cpu", "instances": 2}
+    (home / "fleet.json").write_text(json.dumps({"cluster": cluster, "models": {"a": told, "b": told}}))
+    planning = ("plan", "--fleet", str(home / "fleet.json"), "--budget-s", "0.2")
+    first = _run(*planning).stdout
+    assert "plan.a-b.local-cpu-2 version 1 (champion)" in first
+    assert "100.0%" in first
+    rows = "".join(f"{0.25 * number},{'aaab'[number % 4]},64,16\n" for number in range(800))
+    (home / "recent.csv").write_text(f"arrival_s,model,input_tokens,output_tokens\n{rows}")
+    drifted = _run(*planning, "--recent", str(home / "recent.csv")).stdout
+    assert "requests/s of a: 1 assumed, 3 seen" in drifted
+    assert "version 2 (challenger)" in drifted
+    assert "(challenger) counts on; nothing is planned" in _run(*planning, "--recent", str(home / "recent.csv")).stdout
 
 
 def test_an_empty_registry_says_how_to_fill_it(home: Path) -> None:

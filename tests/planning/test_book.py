@@ -9,11 +9,12 @@ import pytest
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
 from data.errors import InvalidInput
+from data.explanation import Candidate
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, PlanBook
 from planning.book import Policy, build_book
-from planning.configs import Choice, Limits, choose
+from planning.configs import Choice, Limits, Momentary, choose
 from planning.costs import CostModel, LinkCost
 from planning.regression import Curve
 
@@ -59,6 +60,24 @@ def test_any_number_of_stages_and_shards_can_win() -> None:
     odd = best(3, allowed=[(1, 3)])
     assert odd.config is not None
     assert odd.config.shards == 3
+
+
+def test_stages_are_uneven_where_that_is_quicker_and_fits() -> None:
+    head = {("decode", "head", 1): Curve(np.array([1.5, 0.0, 0.0])), ("prefill", "head", 1): Curve(np.zeros(3))}
+    heavy = replace(costs(), curves={**costs().curves, **head})
+    objective = replace(REFERENCE, required_rps=1e6)  # full batches, so that the slowest stage decides
+
+    def chosen(memory_bytes: int, policy: Momentary = "perennial") -> Candidate:
+        choice = choose(heavy, 2, objective, Limits(memory_bytes, allowed=[(2, 1)]), policy)
+        return next(one for one in choice.frontier if one.config == choice.config)
+
+    uneven, published = chosen(1 << 40), chosen(1 << 40, "spotserve")
+    assert uneven.config.partition == (5, 1)
+    assert published.config.partition == ()
+    assert uneven.estimate.latency_s == heavy.request_latency_s(uneven.config, 8, 64, 64)
+    assert uneven.estimate.latency_s < heavy.request_latency_s(published.config, 8, 64, 64)
+    balanced = chosen(heavy.memory_bytes(replace(uneven.config, partition=()), 128))
+    assert balanced.config == replace(uneven.config, partition=())
 
 
 def test_the_required_rate_decides_between_latency_and_throughput() -> None:
