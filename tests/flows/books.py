@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
 from data.explanation import Candidate, Estimate, Move
+from data.fingerprint import Fingerprint
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, Plan, PlanBook
-from data.profile import Fingerprint, Profile
+from data.profile import Profile
 
 MODEL = ModelSpec(
     name="Tiny/Llama",
