@@ -102,6 +102,11 @@ class StepLaw:
         """A stage's time for a step when nothing else computes."""
         return float(mix.terms @ self.coefficients)
 
+    def predicted_s(self, observed: Observed, stages: int) -> float:
+        """What the law says that observed steps of a replica of so many stages took."""
+        steps_s = stages * sum(map(self.work_s, observed.steps)) * self.slow(observed.busy)
+        return steps_s + (self.overhead_s if observed.admitted else 0.0)
+
     def slow(self, busy: int) -> float:
         """By how much everything takes longer while `busy` stages compute."""
         known = len(self.slowness)

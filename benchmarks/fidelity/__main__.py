@@ -98,8 +98,8 @@ def _compare_all(recorded: list[Recorded]) -> Result:
     for one in recorded:
         script = NAMED[one.script]
         if isinstance(one, Recording) and isinstance(script, Script):
-            told = compare.profile(one.measured, everything.charges(), spec)
-            runs.append(compare.compared(script, one.seed, one.played, told, spec))
+            told = one.played, one.measured
+            runs.append(compare.compared(script, one.seed, told, everything.charges(), spec))
         elif isinstance(one, SharedRecording) and isinstance(script, SharedScript):
             shared_runs.append(shared_compare.compared(script, one.seed, one.played, specs))
     bars = {"mean": compare.MEAN_BAR, "p99": compare.P99_BAR, "attainment": shared_compare.ATTAINMENT_BAR}

@@ -49,10 +49,14 @@ class Measured:
 
     def laws(self) -> dict[Degrees, StepLaw]:
         """The laws that explain the steps."""
-        by_degrees: dict[Degrees, list[Observed]] = defaultdict(list)
+        return {degrees: fit_law(observed, degrees[0]) for degrees, observed in self.by_degrees().items()}
+
+    def by_degrees(self) -> dict[Degrees, list[Observed]]:
+        """The observations of steps, in the order in which they were made."""
+        found: dict[Degrees, list[Observed]] = defaultdict(list)
         for degrees, observed in self.steps:
-            by_degrees[degrees].append(observed)
-        return {degrees: fit_law(observed, degrees[0]) for degrees, observed in by_degrees.items()}
+            found[degrees].append(observed)
+        return found
 
     def charges(self) -> Charges:
         """Medians, and by the number of devices where it matters."""

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.fidelity.shared_play import SharedPlayed
-from benchmarks.fidelity.shared_profile import profile_of
+from benchmarks.fidelity.shared_profile import by_model, profile_of
 from benchmarks.fidelity.shared_scripts import SharedScript
+from benchmarks.fidelity.steps import quality
 from data.models import ModelSpec
 from planning.simulation.shared_fleet import Ask, simulate_shared
 
@@ -38,6 +39,10 @@ def compared(script: SharedScript, seed: int, played: SharedPlayed, specs: Mappi
         "foreign_cores": played.foreign_cores,
         "probe_ms": played.probe_ms,
         "speeds": [asdict(one) for one in played.speeds],
+        "laws": {
+            model: quality(told.laws[script.shapes[model]], script.shapes[model][1], observed)
+            for model, observed in by_model(played.steps).items()
+        },
         "slo_s": {ask.model: ask.deadline_s for ask in played.asks},
         "measured": measured | {"refused": _share([not stream.times_s for stream in played.streams])},
         "simulated": simulated,

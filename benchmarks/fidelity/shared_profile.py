@@ -28,12 +28,18 @@ def laws_of(script: SharedScript, steps: Sequence[tuple[str, Observed]]) -> dict
     A model that not all groups host was never seen with all of them at work: what that does to it is taken from
     the model that was, for they share the processors.
     """
-    by_model: dict[str, list[Observed]] = defaultdict(list)
-    for model, observed in steps:
-        by_model[model].append(observed)
-    laws = {shape: fit_law(by_model[model], shape[1]) for model, shape in script.shapes.items()}
+    observed = by_model(steps)
+    laws = {shape: fit_law(observed[model], shape[1]) for model, shape in script.shapes.items()}
     widest = max((law.slowness for law in laws.values()), key=len)
     return {shape: replace(law, slowness=law.slowness + widest[len(law.slowness) :]) for shape, law in laws.items()}
+
+
+def by_model(steps: Sequence[tuple[str, Observed]]) -> dict[str, list[Observed]]:
+    """The observations of steps, in the order in which they were made."""
+    found: dict[str, list[Observed]] = defaultdict(list)
+    for model, observed in steps:
+        found[model].append(observed)
+    return found
 
 
 def speeds_of(script: SharedScript, laws: Mapping[Shape, StepLaw]) -> list[Speed]:

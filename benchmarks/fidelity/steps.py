@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from benchmarks.fidelity.clients import WARM_TOKENS, Clients, steady_s
-from planning.step_laws import Mix, Observed, mean_mix, mix_of, prompt_steps
+from planning.step_laws import Mix, Observed, StepLaw, mean_mix, mix_of, prompt_steps
 
 _LONE_PROMPTS = (8, 64, 200)
 _SHORT, _LONG = 16, 300
@@ -61,6 +62,16 @@ class StepSurvey:
         chunks = shares(prompts, stages)
         mixes = [decoding(chunk, output, self.block_tokens) for chunk in chunks]
         return Observed(steady_s(streams), (mean_mix(mixes),), replicas * len(chunks))
+
+
+def quality(law: StepLaw, stages: int, observed: Sequence[Observed]) -> dict[str, float]:
+    """How well a law explains what it was fitted to (`misfit`, the median relative error), and by how much the same
+    steps took longer the second time, after the run (`drift`, the median ratio).
+    """
+    misses = [abs(law.predicted_s(one, stages) / one.seconds - 1) for one in observed]
+    half = len(observed) // 2
+    ratios = [after.seconds / before.seconds for before, after in zip(observed[:half], observed[half:], strict=False)]
+    return {"misfit": round(median(misses), 3), "drift": round(median(ratios or [1.0]), 3)}
 
 
 def shares(prompts: Sequence[int], stages: int) -> list[Sequence[int]]:

@@ -38,6 +38,9 @@ def test_a_law_is_found_again_from_what_it_says(stages: int) -> None:
     assert found.coefficients == pytest.approx(LAW.coefficients, rel=0.02, abs=1e-7)
     assert found.slowness == pytest.approx(LAW.slowness, rel=0.02)
     assert found.overhead_s == pytest.approx(LAW.overhead_s, rel=0.1)
+    for one in _observed(LAW, stages):
+        assert LAW.predicted_s(one, stages) == pytest.approx(one.seconds)
+        assert found.predicted_s(one, stages) == pytest.approx(one.seconds, rel=0.01)
 
 
 def test_one_wild_observation_does_not_bend_the_law() -> None:
