@@ -27,9 +27,8 @@ from benchmarks.fidelity.page import markdown, tables, write_page
 from benchmarks.fidelity.recording import Recorded, Recording, SharedRecording, read
 from benchmarks.fidelity.scripts import Script
 from benchmarks.fidelity.shared_scripts import MODELS, SharedScript
-from data.errors import PerennialError
+from data.errors import InvalidInput, PerennialError
 from perennial.demo.setting import CPU
-from profiling.fingerprint import this_machine
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.weights import read_spec
 
@@ -42,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         recorded, results = _recorded(options)
+        results |= _compare_all(recorded) | {"seconds": round(time.monotonic() - begun, 1)}
     except PerennialError as error:
         print(error, file=sys.stderr)
         return 2
-    results |= _compare_all(recorded) | {"seconds": round(time.monotonic() - begun, 1)}
     _write(options.out, results)
     runs = [*results["runs"], *results["shared_runs"]]
     return 0 if runs and not results["failed"] and all(run["met"] for run in runs) else 1
@@ -66,9 +65,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _recorded(options: argparse.Namespace) -> tuple[list[Recorded], Result]:
-    """The runs, and where they were played."""
+    """The runs, and which failed."""
     if options.recorded:
-        return list(read(options.recorded)), {"failed": [], "recorded": [str(path) for path in options.recorded]}
+        return list(read(options.recorded)), {"failed": [], "recorded": [path.name for path in options.recorded]}
     jobs = [Job(name, seed) for seed in options.seeds for name in _chosen(options.only)]
     processors = shares_of(sorted(os.sched_getaffinity(0)), options.jobs)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -76,8 +75,7 @@ def _recorded(options: argparse.Namespace) -> tuple[list[Recorded], Result]:
     path.unlink(missing_ok=True)
     failed = asyncio.run(play_all(jobs, processors, path))
     played = list(read([path])) if path.exists() else []
-    machine = {"machine": this_machine().to_json(), "processors": len(processors[0]), "jobs": options.jobs}
-    return played, machine | {"failed": failed}
+    return played, {"failed": failed, "jobs": options.jobs}
 
 
 def _chosen(words: list[str]) -> list[str]:
@@ -96,14 +94,18 @@ def _compare_all(recorded: list[Recorded]) -> Result:
         spec = read_spec(str(Path(folder) / "model"))
     runs, shared_runs = list[Result](), list[Result]()
     for one in recorded:
-        script = NAMED[one.script]
+        script = NAMED.get(one.script)
         if isinstance(one, Recording) and isinstance(script, Script):
             told = one.played, one.measured
             runs.append(compare.compared(script, one.seed, told, everything.charges(), spec))
         elif isinstance(one, SharedRecording) and isinstance(script, SharedScript):
             shared_runs.append(shared_compare.compared(script, one.seed, one.played, specs))
+        else:
+            raise InvalidInput(f"no script is called {one.script!r} any more; record it again")
+    machines = list({json.dumps(one.machine, sort_keys=True): one.machine for one in recorded}.values())
     bars = {"mean": compare.MEAN_BAR, "p99": compare.P99_BAR, "attainment": shared_compare.ATTAINMENT_BAR}
-    return {"bars": bars, "samples": everything.changes, "runs": runs, "shared_runs": shared_runs}
+    machine = machines[0] if len(machines) == 1 else machines
+    return {"machine": machine, "bars": bars, "samples": everything.changes, "runs": runs, "shared_runs": shared_runs}
 
 
 def _write(out: Path, results: Result) -> None:

@@ -19,6 +19,7 @@ from benchmarks.fidelity.shared_scripts import MODELS, SHARED_SCRIPTS, SharedScr
 from perennial.demo.setting import CPU
 from perennial.nursery import Nursery
 from perennial.processes import Start
+from profiling.fingerprint import this_machine
 from serving.engine.checkpoint import create_checkpoint
 from serving.errors import PerennialError
 
@@ -40,12 +41,12 @@ def main(arguments: list[str]) -> int:
 
 
 async def _record(script: Script | SharedScript, seed: int, folder: Path, start: Start) -> Recorded:
-    home = folder / "fleet"
+    home, machine = folder / "fleet", this_machine().to_json()
     if isinstance(script, Script):
         create_checkpoint(str(folder / "model"), seed=0, **CPU.model)
-        return Recording(script.name, seed, *await play(script, seed, str(folder / "model"), home, start))
+        return Recording(script.name, seed, machine, *await play(script, seed, str(folder / "model"), home, start))
     checkpoints = create_models(folder, list(script.shapes))
-    return SharedRecording(script.name, seed, await play_shared(script, seed, checkpoints, home, start))
+    return SharedRecording(script.name, seed, machine, await play_shared(script, seed, checkpoints, home, start))
 
 
 def create_models(folder: Path, names: list[str]) -> dict[str, str]:

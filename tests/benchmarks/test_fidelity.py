@@ -45,6 +45,7 @@ from serving.engine.weights import read_spec
 
 LAW = StepLaw((0.02, 0.001, 0.0015, 0.001, 1e-5, 0.0), (1.0, 1.4), 0.005)
 BLOCK = ENGINE.block_tokens
+MACHINE = {"cpu": "any", "cores": 6}
 SHORT = Script(
     "short",
     {4: "2x1x1", 3: "2x1x1", 2: "1x1x1", 1: "1x1x1"},
@@ -145,7 +146,9 @@ def _own_simulation(tmp_path: Path) -> tuple[Recording, ModelSpec]:
     times = (each.tolist() for each in (served.arrival_s, served.first_s, served.done_s))
     rows = zip(work.requests, *times, strict=True)
     streams = [Stream(one.input_tokens, arrival, [first, done], whole=True) for one, arrival, first, done in rows]
-    return Recording("short", 0, Played(work, streams, [], names, layout, [], 0.0, [0.0] * 3, [2.0] * 3), found), spec
+    return Recording(
+        "short", 0, MACHINE, Played(work, streams, [], names, layout, [], 0.0, [0.0] * 3, [2.0] * 3), found
+    ), spec
 
 
 def test_a_run_that_is_its_own_simulation_meets_the_bars(tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def _shared(script: SharedScript, scale: float = 1.0) -> SharedRecording:
         Stream(ask.input_tokens, ask.arrival_s, [done] if done < float("inf") else [], whole=done < float("inf"))
         for ask, done in zip(asks, done_s.tolist(), strict=True)
     ]
-    return SharedRecording(script.name, 0, SharedPlayed(asks, streams, steps, speeds, [0.0] * 3, [2.0] * 3))
+    return SharedRecording(script.name, 0, MACHINE, SharedPlayed(asks, streams, steps, speeds, [0.0] * 3, [2.0] * 3))
 
 
 @cache
@@ -219,7 +222,12 @@ def test_recorded_runs_are_compared_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(NAMED, "short", SHORT)
     assert main(["--out", str(tmp_path / "out"), "--recorded", str(path)]) == 0
     written = json.loads((tmp_path / "out" / "fidelity.json").read_text())
+    assert written["machine"] == MACHINE
     assert [run["met"] for run in (*written["runs"], *written["shared_runs"])] == [True, True]
+    monkeypatch.delitem(NAMED, "short")
+    assert main(["--out", str(tmp_path / "out"), "--recorded", str(path)]) == 2
+    with pytest.raises(InvalidInput, match=r"cannot read .*absent"):
+        read([tmp_path / "absent"])
     path.write_text("{}\n")
     with pytest.raises(CorruptData, match="record them again"):
         read([path])
