@@ -22,6 +22,7 @@ from perennial.processes import Start
 from profiling.fingerprint import this_machine
 from serving.engine.checkpoint import create_checkpoint
 from serving.errors import PerennialError
+from serving.lifeline import watch_stdin
 
 NAMED: dict[str, Script | SharedScript] = {one.name: one for one in (*SCRIPTS, *SHARED_SCRIPTS)}
 
@@ -29,6 +30,7 @@ NAMED: dict[str, Script | SharedScript] = {one.name: one for one in (*SCRIPTS, *
 def main(arguments: list[str]) -> int:
     """0 if the run was recorded."""
     name, seed, path = arguments
+    watch_stdin()  # whoever plays several fleets holds the other side
     # a killed instance makes gRPC and asyncio complain; the results say what matters
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="perennial-fidelity-") as folder, Nursery(Path(folder)) as nursery:

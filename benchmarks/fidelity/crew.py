@@ -69,19 +69,20 @@ async def _play(job: Job, share: Sequence[int], path: Path) -> str:
     with tempfile.TemporaryDirectory(prefix="perennial-fidelity-") as folder:
         own = Path(folder) / "recording.jsonl"
         command = [sys.executable, "-m", "benchmarks.fidelity.alone", job.script, str(job.seed), str(own)]
-        process = await asyncio.create_subprocess_exec(
-            *command, stderr=asyncio.subprocess.PIPE, env={**os.environ, **_ONE_THREAD}
-        )
+        with (Path(folder) / "said").open("wb") as said:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.PIPE, stderr=said, env={**os.environ, **_ONE_THREAD}
+            )
         os.sched_setaffinity(process.pid, share)  # long before it has threads or children
         try:
-            _, said = await asyncio.wait_for(process.communicate(), _LONGEST_S)
+            await asyncio.wait_for(process.wait(), _LONGEST_S)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             await asyncio.wait_for(process.wait(), _END_S)
             return f"{job}: not over after {_LONGEST_S:g} s"
         if process.returncode or not own.exists():
-            lines = said.decode(errors="replace").strip().splitlines()
+            lines = (Path(folder) / "said").read_text(errors="replace").strip().splitlines()
             return f"{job}: {lines[-1] if lines else f'exit code {process.returncode}'}"
         with path.open("ab") as file:
             file.write(own.read_bytes())
