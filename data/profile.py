@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from data.canonical import canonical_json, checksum, exactly
 from data.errors import CorruptData, InvalidInput
+from data.fingerprint import Fingerprint
 from data.models import ModelSpec
 
 SCHEMA_VERSION = 1
@@ -51,40 +52,6 @@ LINKS = pa.schema(
 PHASES = ("prefill", "decode")
 PARTS = ("layers", "embed", "head", "step")
 LINK_KINDS = ("local", "network", "disk", "host")
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """The machine and software that measurements hold for; `extra` is sorted `(name, value)` pairs."""
-
-    device: str
-    devices: int
-    cpu: str
-    cores: int
-    memory_bytes: int
-    os: str
-    python: str
-    torch: str
-    extra: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def of(cls, *, extra: Mapping[str, str] | None = None, **values: Any) -> Fingerprint:
-        """The fingerprint with `extra` given as a mapping."""
-        return cls(**values, extra=tuple(sorted((extra or {}).items())))
-
-    @property
-    def sha256(self) -> str:
-        """Checksum of all fields: the key that measurements are cached under."""
-        return checksum(self.to_json())
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready mapping; `from_json` inverts it."""
-        return {**asdict(self), "extra": dict(self.extra)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Fingerprint:
-        """Inverse of `to_json`. Raises `CorruptData` on missing or unknown fields."""
-        return cls.of(**exactly(value, (field.name for field in fields(cls)), "the fingerprint"))
 
 
 @dataclass(frozen=True, slots=True)

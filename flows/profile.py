@@ -18,8 +18,9 @@ from pydantic import BaseModel
 
 from data.canonical import checksum
 from data.errors import CorruptData, InvalidInput
+from data.fingerprint import Fingerprint
 from data.models import ModelSpec
-from data.profile import SCHEMA_VERSION, Fingerprint, Profile
+from data.profile import SCHEMA_VERSION, Profile
 from flows.progress import reporter
 from profiling.fingerprint import take_fingerprint
 from profiling.grid import Grid

@@ -1,15 +1,16 @@
 """How long a step of a real fleet takes: a law for each shape of replica, fitted to what was measured while it served.
 
-One stage of a pipeline computes a step in a time that grows with its sequences, its tokens and the cached
-tokens that these attend to. Workers that share processors slow each other down: the law says by how much when
-so many stages of the fleet compute at once. Both are measured with the fleet as it runs, so that copies of the
+One stage of a pipeline computes a step in a time that grows with its sequences, its tokens, its calls of attention
+and the cached tokens that these read. Workers that share processors slow each other down: the law says by how much
+when so many stages of the fleet compute at once. Both are measured with the fleet as it runs, so that copies of the
 KV, the journal and the clients are in the figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,35 +20,56 @@ from data.errors import InvalidInput
 
 Array = npt.NDArray[np.float64]
 
-_TERMS = 4
-_TYPICAL_S = (1e-2, 1e-3, 1e-3, 1e-6)  # of the terms: where the search for the best fit begins
+_TERMS = 6
+_TYPICAL_S = (1e-2, 1e-3, 1e-3, 1e-3, 1e-5, 1e-6)  # of the terms: where the search for the best fit begins
 _SOFT = 0.1  # relative errors beyond this count less than squared
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What one step computes: sequences, tokens, and the sum over tokens of the cached tokens each attends to."""
+    """What one step computes: sequences, tokens, calls of attention, cached tokens that single tokens read, and the
+    sum over the tokens of chunks of the cached tokens that each attends to.
+
+    Contexts are counted as the engine computes them without paged kernels: in blocks, single tokens with tables of
+    like length (up to the same power of two) in one call that pads them to its longest, every chunk in its own.
+    """
 
     sequences: float
     tokens: float
+    calls: float
+    read: float
     attended: float
 
     @property
     def terms(self) -> Array:
         """What a law's coefficients are multiplied by."""
-        return np.array([1.0, self.sequences, self.tokens - self.sequences, self.attended])
+        return np.array([1.0, self.sequences, self.tokens - self.sequences, self.calls, self.read, self.attended])
 
 
-def decode(sequences: float, context: float) -> Mix:
-    """A step of single tokens with `context` cached tokens each."""
-    return Mix(sequences, sequences, sequences * context)
+def mix_of(pieces: Iterable[tuple[int, int]], block_tokens: int) -> Mix:
+    """A step of pieces: tokens that are cached already, and tokens to compute, of each sequence."""
+    tables: dict[int, list[int]] = defaultdict(list)
+    sequences = tokens = chunks = attended = 0
+    for start, count in pieces:
+        blocks = -(-(start + count) // block_tokens)
+        sequences, tokens = sequences + 1, tokens + count
+        if count == 1:
+            tables[(blocks - 1).bit_length()].append(blocks)
+        else:
+            chunks, attended = chunks + 1, attended + count * blocks * block_tokens
+    read = sum(len(alike) * max(alike) * block_tokens for alike in tables.values())
+    return Mix(sequences, tokens, chunks + len(tables), read, attended)
 
 
-def prompt_steps(tokens: int, step_tokens: int) -> tuple[Mix, ...]:
+def mean_mix(mixes: Sequence[Mix]) -> Mix:
+    """The step that costs what these cost on average: laws are linear."""
+    return Mix(*(float(value) for value in np.mean([astuple(one) for one in mixes], axis=0)))
+
+
+def prompt_steps(tokens: int, step_tokens: int, block_tokens: int) -> tuple[Mix, ...]:
     """The steps that a prompt alone takes, in chunks of `step_tokens`."""
     starts = range(0, tokens, step_tokens)
-    sizes = [min(step_tokens, tokens - start) for start in starts]
-    return tuple(Mix(1, size, size * (start + size)) for start, size in zip(starts, sizes, strict=True))
+    return tuple(mix_of([(start, min(step_tokens, tokens - start))], block_tokens) for start in starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +88,24 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class StepLaw:
-    """Seconds of one stage for a step: `coefficients` of 1, sequences, tokens beyond one each, and attended tokens.
+    """Seconds of one stage for a step: `coefficients` of `Mix.terms`.
 
     `slowness[k - 1]` is the factor when k stages of the fleet compute at once; beyond the last one measured it
     grows in proportion. `overhead_s` is what a request spends outside of steps.
     """
 
-    coefficients: tuple[float, float, float, float]
+    coefficients: tuple[float, ...]
     slowness: tuple[float, ...] = (1.0,)
     overhead_s: float = 0.0
 
     def work_s(self, mix: Mix) -> float:
         """A stage's time for a step when nothing else computes."""
         return float(mix.terms @ self.coefficients)
+
+    def predicted_s(self, observed: Observed, stages: int) -> float:
+        """What the law says that observed steps of a replica of so many stages took."""
+        steps_s = stages * sum(map(self.work_s, observed.steps)) * self.slow(observed.busy)
+        return steps_s + (self.overhead_s if observed.admitted else 0.0)
 
     def slow(self, busy: int) -> float:
         """By how much everything takes longer while `busy` stages compute."""
@@ -107,5 +134,5 @@ def fit_law(observations: Sequence[Observed], stages: int) -> StepLaw:
     scale = np.array([*_TYPICAL_S, *(0.5,) * (most - 1), 5e-3])
     fitted = least_squares(misses, scale, bounds=(0, np.inf), x_scale=scale, loss="soft_l1", f_scale=_SOFT).x
     slowness = 1 + np.concatenate([[0.0], np.cumsum(fitted[_TERMS:-1])])
-    base, sequence, token, attended = (float(one) for one in fitted[:_TERMS])
-    return StepLaw((base, sequence, token, attended), tuple(float(one) for one in slowness), float(fitted[-1]))
+    coefficients = tuple(float(one) for one in fitted[:_TERMS])
+    return StepLaw(coefficients, tuple(float(one) for one in slowness), float(fitted[-1]))

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from data.errors import InvalidInput
-from data.profile import Fingerprint
+from data.fingerprint import Fingerprint
 
 
 def device_count(device: str) -> int:

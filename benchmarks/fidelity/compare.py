@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fidelity.measure import Measured
-from benchmarks.fidelity.play import ENGINE, Played
-from benchmarks.fidelity.scripts import MAX_BATCH, Script
+from benchmarks.fidelity.play import Played, book_of
+from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, Script
+from benchmarks.fidelity.steps import quality
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
 from planning.simulation.fleet import Served, simulate_fleet
@@ -40,14 +41,12 @@ def _blocks(spec: ModelSpec, degrees: Degrees) -> int:
     return kv_blocks(spec, Replica(0, 0, config, devices, 0), ENGINE)
 
 
-def simulated(played: Played, told: FleetProfile) -> Served:
-    """The same story, simulated."""
-    return simulate_fleet(played.book, told, played.workload, played.happenings, played.instances, played.layout)
-
-
-def compared(script: Script, seed: int, played: Played, told: FleetProfile) -> Result:
+def compared(script: Script, seed: int, recorded: tuple[Played, Measured], charges: Charges, spec: ModelSpec) -> Result:
     """One run beside its simulation."""
-    served = simulated(played, told)
+    played, own = recorded
+    told = profile(own, charges, spec)
+    book = book_of(script, spec)
+    served = simulate_fleet(book, told, played.workload, played.happenings, played.instances, played.layout)
     latency_s = np.array([stream.latency_s for stream in played.streams])
     first_s = np.array([stream.first_s for stream in played.streams])
     measured, predicted = _summary(served.arrival_s, latency_s, first_s), _of(served)
@@ -58,13 +57,17 @@ def compared(script: Script, seed: int, played: Played, told: FleetProfile) -> R
         "layouts": {str(count): layout for count, layout in script.layouts.items()},
         "requests": len(latency_s),
         "foreign_cores": played.foreign_cores,
+        "probe_ms": played.probe_ms,
         "measured": measured,
         "simulated": predicted,
         "errors": errors,
         "met": abs(errors["mean_s"]) <= MEAN_BAR and abs(errors["p99_s"]) <= P99_BAR,
         "happenings": [asdict(one) for one in played.happenings],
         "changes": {"measured": _changes(played), "simulated": [_change(one) for one in served.changes]},
-        "laws": {f"{stages}x{shards}": _law(law) for (stages, shards), law in told.laws.items()},
+        "laws": {
+            f"{stages}x{shards}": _law(told.laws[stages, shards]) | quality(told.laws[stages, shards], stages, observed)
+            for (stages, shards), observed in own.by_degrees().items()
+        },
         TRACE: {
             "arrival_s": _rounded(served.arrival_s),
             "measured_s": _rounded(latency_s),

@@ -1,7 +1,7 @@
 """The profile of a fleet as it runs: steps in every layout of a script, and what changes take.
 
 The fleet walks down its ladder of layouts and up again before the run that is to be predicted, and after it, for
-processors are not always equally quick. At every layout equal requests are sent at once, in different numbers,
+processors are not always equally quick. At every layout requests are sent at once, in different numbers,
 and between them instances are told to leave, are killed and are added while requests run. Nothing of the run
 itself is used.
 """
@@ -11,20 +11,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from benchmarks.fidelity.clients import Clients, Stream, steady_s, tokens_per_s
+from benchmarks.fidelity.clients import Clients, Stream, tokens_per_s
 from benchmarks.fidelity.scripts import INSTANCES, MAX_BATCH, Script
+from benchmarks.fidelity.steps import StepSurvey
 from perennial.fleet import Fleet
 from planning.simulation.fleet_profile import Charges, Degrees, fit_duration
-from planning.step_laws import Observed, StepLaw, decode, fit_law, prompt_steps
+from planning.step_laws import Observed, StepLaw, fit_law
 from serving.requests import Event
+from serving.settings import EngineSettings
 
-_LONE_PROMPTS = (8, 64, 200)
-_SHORT, _LONG = 16, 300  # prompts of the requests that decode together
-_OUTPUT, _FEW_OUTPUTS = 32, 16
+_PROMPT, _OUTPUT = 16, 32  # of the requests that run while the fleet changes
 _BEFORE_S = 1.5
 _EVENT_S, _SETTLE_S = 30.0, 60.0
 _GRACE_S = 3.0
@@ -34,7 +35,7 @@ _GRACE_S = 3.0
 class Measured:
     """Observations of steps by degrees, and of changes by kind."""
 
-    steps: dict[Degrees, list[Observed]] = field(default_factory=dict)
+    steps: list[tuple[Degrees, Observed]] = field(default_factory=list)
     changes: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # devices of new replicas, value
 
     def note(self, what: str, value: float, devices: int = 0) -> None:
@@ -48,7 +49,14 @@ class Measured:
 
     def laws(self) -> dict[Degrees, StepLaw]:
         """The laws that explain the steps."""
-        return {degrees: fit_law(observed, degrees[0]) for degrees, observed in self.steps.items()}
+        return {degrees: fit_law(observed, degrees[0]) for degrees, observed in self.by_degrees().items()}
+
+    def by_degrees(self) -> dict[Degrees, list[Observed]]:
+        """The observations of steps, in the order in which they were made."""
+        found: dict[Degrees, list[Observed]] = defaultdict(list)
+        for degrees, observed in self.steps:
+            found[degrees].append(observed)
+        return found
 
     def charges(self) -> Charges:
         """Medians, and by the number of devices where it matters."""
@@ -73,9 +81,9 @@ def degrees_of(layout: str) -> tuple[int, Degrees]:
 class Survey:
     """Measures one fleet into `found`."""
 
-    def __init__(self, fleet: Fleet, clients: Clients, script: Script, step_tokens: int, found: Measured) -> None:
+    def __init__(self, fleet: Fleet, clients: Clients, script: Script, engine: EngineSettings, found: Measured) -> None:
         self._fleet, self._clients, self._script, self._found = fleet, clients, script, found
-        self._step_tokens = step_tokens
+        self._survey = StepSurvey(clients, engine.step_tokens, engine.block_tokens)
         self._offset_s = time.time() - time.monotonic()
 
     async def walk(self) -> None:
@@ -95,31 +103,10 @@ class Survey:
         for _ in range(INSTANCES - 2):
             await self._add()
 
-    # -- steps ------------------------------------------------------------------------------------------
-
     async def _steps(self, layout: str) -> None:
         replicas, degrees = degrees_of(layout)
-        observed = self._found.steps.setdefault(degrees, [])
-        await self._clients.together(replicas, _SHORT, _FEW_OUTPUTS)  # the first requests of a layout warm it up
-        for prompt in _LONE_PROMPTS:
-            observed += await self._prompts(1, prompt)
-        observed += await self._prompts(replicas, _LONE_PROMPTS[-1])
-        all_busy = replicas * degrees[0]
-        for count in sorted({*range(1, all_busy + 1), *(replicas * each for each in (2, 4, MAX_BATCH))}):
-            observed.append(await self._decoding(count, replicas, degrees[0], _SHORT, _OUTPUT))
-        observed.append(await self._decoding(replicas, replicas, degrees[0], _LONG, _FEW_OUTPUTS))
-
-    async def _prompts(self, count: int, tokens: int) -> list[Observed]:
-        """The time to the first token of `count` prompts, one on every replica."""
-        streams = await self._clients.together(count, tokens, 1)
-        steps = prompt_steps(tokens, self._step_tokens)
-        return [Observed(stream.first_s, steps, count, admitted=True) for stream in streams]
-
-    async def _decoding(self, count: int, replicas: int, stages: int, prompt: int, output: int) -> Observed:
-        """The time between tokens of `count` requests that decode together, as evenly spread as can be."""
-        streams = await self._clients.together(count, prompt, output)
-        together, busy = plans_of(count, replicas, stages)
-        return Observed(steady_s(streams), (decode(together, prompt + output / 2),), busy)
+        observed = await self._survey.measure(replicas, degrees[0], MAX_BATCH)
+        self._found.steps += [(degrees, one) for one in observed]
 
     # -- changes ----------------------------------------------------------------------------------------
 
@@ -168,7 +155,7 @@ class Survey:
 
         async def again() -> None:
             while True:
-                await self._clients.send(_SHORT, _OUTPUT, streams)
+                await self._clients.send(_PROMPT, _OUTPUT, streams)
 
         tasks = [asyncio.create_task(again()) for _ in range(INSTANCES)]
         try:
@@ -183,18 +170,6 @@ class Survey:
 
     def _clock(self, event: Event) -> float:
         return event.time_s - self._offset_s
-
-
-def plans_of(count: int, replicas: int, stages: int) -> tuple[int, int]:
-    """Requests in one step, and stages that compute, when so many decode on replicas of so many stages.
-
-    As long as there are no more than stages, each is a step of its own and keeps one stage busy.
-    """
-    if count <= replicas * stages:
-        return 1, count
-    each = -(-count // replicas)
-    together = -(-each // stages)
-    return together, replicas * -(-each // together)
 
 
 def _built(before: Sequence[Event], layout: Event) -> int:

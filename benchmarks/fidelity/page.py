@@ -17,6 +17,7 @@ from benchmarks.fidelity.compare import TRACE
 Result = dict[str, Any]
 
 _HEAD = ("run", "requests", "mean: measured, simulated, error", "P99: measured, simulated, error", "bars")
+_SHARED_HEAD = ("run", "requests", "answered in time: measured, simulated, error", "by model", "bar")
 _STYLE = (
     "body{font:15px sans-serif;margin:2em;max-width:75em}"
     "td,th{padding:2px 9px;border-bottom:1px solid #ddd;text-align:left}"
@@ -24,52 +25,86 @@ _STYLE = (
 
 
 def rows(runs: Sequence[Result]) -> list[list[str]]:
-    """One row for each run."""
+    """One row for each run of one model."""
     return [
         [
             f"{run['name']}, {' → '.join(run['layouts'].values())}",
             str(run["requests"]),
             _cell(run, "mean_s"),
             _cell(run, "p99_s"),
-            "met" if run["met"] else "MISSED",
+            _verdict(run),
         ]
         for run in runs
     ]
+
+
+def shared_rows(runs: Sequence[Result]) -> list[list[str]]:
+    """One row for each run of several models."""
+    return [
+        [
+            f"{run['name']}, {run['groups']}",
+            str(run["requests"]),
+            f"{_attained(run, 'all')}, {100 * run['error']:+.1f} points",
+            "; ".join(f"{model} {_attained(run, model)}" for model in run["slo_s"]),
+            _verdict(run),
+        ]
+        for run in runs
+    ]
+
+
+def _verdict(run: Result) -> str:
+    return "met" if run["met"] else "MISSED"
 
 
 def _cell(run: Result, key: str) -> str:
     return f"{run['measured'][key]:.2f} s, {run['simulated'][key]:.2f} s, {100 * run['errors'][key]:+.1f} %"
 
 
-def table(runs: Sequence[Result]) -> Table:
+def _attained(run: Result, which: str) -> str:
+    return f"{100 * run['measured'][which]:.1f} %, {100 * run['simulated'][which]:.1f} %"
+
+
+def _sections(results: Result) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """Title, head and rows of every table that has some."""
+    one = "Latency of real runs of one model and of their simulations", _HEAD, rows(results["runs"])
+    several = "SLO attainment of several models", _SHARED_HEAD, shared_rows(results["shared_runs"])
+    return [section for section in (one, several) if section[2]]
+
+
+def tables(results: Result) -> list[Table]:
     """For the console."""
-    shown = Table(*_HEAD, title="Latency of real runs and of their simulations")
-    for row in rows(runs):
-        shown.add_row(*row)
-    return shown
+    found = []
+    for title, head, lines in _sections(results):
+        found.append(Table(*head, title=title))
+        for line in lines:
+            found[-1].add_row(*line)
+    return found
 
 
-def markdown(runs: Sequence[Result]) -> str:
+def markdown(results: Result) -> str:
     """For the documentation."""
-    lines = [_HEAD, ["---"] * len(_HEAD), *rows(runs)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    sections = ([head, ["---"] * len(head), *lines] for _, head, lines in _sections(results))
+    return "\n".join("".join(f"| {' | '.join(line)} |\n" for line in lines) for lines in sections)
 
 
-def write_page(path: Path, result: Result) -> None:
-    """One self-contained HTML page."""
+def write_page(path: Path, results: Result) -> None:
+    """One self-contained HTML page; its figures need matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEAD)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(result["runs"])
-    )
-    figures = "".join(f"<h2>{html.escape(run['name'])}</h2>{_figure(run)}" for run in result["runs"])
+    body = "".join(_section(*section) for section in _sections(results))
+    figures = "".join(f"<h2>{html.escape(run['name'])}</h2>{_figure(run)}" for run in results["runs"])
     page = (
         f"<!doctype html><meta charset=utf-8><title>Fidelity</title><style>{_STYLE}</style>"
-        f"<h1>Real runs and their simulations</h1><table><tr>{head}</tr>{body}</table>{figures}"
+        f"<h1>Real runs and their simulations</h1>{body}{figures}"
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _section(title: str, head: Sequence[str], lines: list[list[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    return f"<h2>{html.escape(title)}</h2><table><tr>{cells}</tr>{body}</table>"
 
 
 def _figure(run: Result) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.fidelity.clients import Clients, Stream
-from benchmarks.fidelity.foreign import Foreign
 from benchmarks.fidelity.measure import Measured, Survey, working
-from benchmarks.fidelity.scripts import INSTANCES, MAX_BATCH, Script
+from benchmarks.fidelity.scripts import ENGINE, INSTANCES, MAX_BATCH, Script
+from benchmarks.fidelity.watch import Watch
 from data.layout import Device
+from data.models import ModelSpec
 from data.plan import PlanBook
 from data.workload import Workload
 from perennial.fleet import Fleet
@@ -20,9 +21,7 @@ from perennial.testing import fleet, given_plans
 from planning.simulation.story import Happening
 from serving.engine.weights import read_spec
 from serving.requests import Event
-from serving.settings import EngineSettings
 
-ENGINE = EngineSettings(kv_memory_bytes=8_000_000)
 _FINISH_S = 180.0
 _SETTLE_S = 60.0
 
@@ -31,11 +30,10 @@ _SETTLE_S = 60.0
 class Played:
     """A run: its requests as they were sent, what came back, what happened to the fleet, and what it began with.
 
-    `foreign_cores` are processors that other programs used, while the fleet was measured, while it ran, and while it
-    was measured again.
+    `foreign_cores` are processors that other programs used, and `probe_ms` what a fixed piece of work took, while
+    the fleet was measured, while it ran, and while it was measured again.
     """
 
-    book: PlanBook
     workload: Workload
     streams: list[Stream]
     happenings: list[Happening]
@@ -44,32 +42,40 @@ class Played:
     events: list[Event]
     began_unix_s: float
     foreign_cores: list[float] = field(default_factory=list)
+    probe_ms: list[float] = field(default_factory=list)
 
 
 async def play(script: Script, seed: int, checkpoint: str, home: Path, start: Start) -> tuple[Played, Measured]:
     """Start a fleet, measure it, play the script on it, and measure it again."""
     spec, found = read_spec(checkpoint), Measured()
-    book = given_plans(spec, script.layouts, max_batch=MAX_BATCH)
-    foreign, begun_s = Foreign(), time.monotonic()
+    watch, begun_s = Watch(), time.monotonic()
     async with (
-        fleet(checkpoint, instances=INSTANCES, plan=book, home=home, engine=ENGINE, start=start) as service,
+        fleet(
+            checkpoint, instances=INSTANCES, plan=book_of(script, spec), home=home, engine=ENGINE, start=start
+        ) as service,
         service.client(give_up_s=_FINISH_S) as client,
     ):
-        watching = asyncio.create_task(foreign.watch())
+        watching = asyncio.create_task(watch.watch())
         clients = Clients(client, spec.vocab, seed)
-        survey = Survey(service, clients, script, ENGINE.step_tokens, found)
+        survey = Survey(service, clients, script, ENGINE, found)
         await survey.walk()
         surveyed_s = time.monotonic()
-        played = await _run(script, seed, book, service, clients)
+        played = await _run(script, seed, service, clients)
         played_s = time.monotonic()
         await survey.walk()
         watching.cancel()
     spans = (begun_s, surveyed_s), (surveyed_s, played_s), (played_s, time.monotonic())
-    played.foreign_cores.extend(round(foreign.mean(*span), 3) for span in spans)
+    played.foreign_cores.extend(round(watch.mean_cores(*span), 3) for span in spans)
+    played.probe_ms.extend(round(watch.middle_probe_ms(*span), 4) for span in spans)
     return played, found
 
 
-async def _run(script: Script, seed: int, book: PlanBook, service: Fleet, clients: Clients) -> Played:
+def book_of(script: Script, spec: ModelSpec) -> PlanBook:
+    """The plan book that a script's fleet follows."""
+    return given_plans(spec, script.layouts, max_batch=MAX_BATCH)
+
+
+async def _run(script: Script, seed: int, service: Fleet, clients: Clients) -> Played:
     layout = await _layout(service)
     staying = [name for name, instance in service.instances.items() if not instance.leaving]
     instances, first = sorted(staying), len(service.events)
@@ -83,7 +89,6 @@ async def _run(script: Script, seed: int, book: PlanBook, service: Fleet, client
     sent = sorted(zip(playing.result(), workload.requests, strict=True), key=lambda pair: pair[0].sent_s)
     requests = (replace(item, arrival_s=max(0.0, stream.sent_s - began_s)) for stream, item in sent)
     return Played(
-        book,
         Workload(script.name, tuple(requests)),
         [stream for stream, _ in sent],
         happenings,

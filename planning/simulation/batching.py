@@ -10,9 +10,10 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from planning.load import Work
-from planning.step_laws import Mix
+from planning.step_laws import Mix, mix_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class BatchLimits:
 class Job:
     """A request: `output` of `most` tokens are there, `cached` of the known ones have KV, in `blocks` blocks.
 
-    Prompt and output must fit into the model's context and into the KV of a replica.
+    Prompt and output must fit into the model's context and into the KV of a replica. Whoever is not done at `due_s`
+    is `late`, and is not computed any more.
     """
 
     key: int
@@ -45,6 +47,8 @@ class Job:
     blocks: int = 0
     order: int = 0
     in_flight: bool = False
+    due_s: float = inf
+    late: bool = False
 
     @property
     def known(self) -> int:
@@ -82,10 +86,9 @@ class Part:
     draws: bool
 
 
-def mix(parts: Sequence[Part]) -> Mix:
+def mix(parts: Sequence[Part], block_tokens: int) -> Mix:
     """What a step of these parts costs by."""
-    attended = sum(part.count * (part.start + part.count) for part in parts)
-    return Mix(len(parts), sum(part.count for part in parts), attended)
+    return mix_of(((part.start, part.count) for part in parts), block_tokens)
 
 
 class Batcher:
@@ -125,17 +128,32 @@ class Batcher:
         return step.parts
 
     def complete(self, parts: Sequence[Part]) -> list[Job]:
-        """Account for a finished step; returns the jobs that have a token more. Those with all tokens leave."""
+        """Account for a finished step; returns the jobs that have a token more. Those with all leave, and the late."""
         drew = []
         for part in parts:
             job = part.job
             job.in_flight, job.cached = False, part.start + part.count
-            if part.draws:
+            if job.late:
+                self._leave(job)
+            elif part.draws:
                 job.output += 1
                 drew.append(job)
                 if job.done:
                     self._leave(job)
         return drew
+
+    @property
+    def due_s(self) -> float:
+        """When the first of the jobs is due; infinite without any."""
+        return min((job.due_s for job in self.jobs if not job.late), default=inf)
+
+    def expire(self, now_s: float) -> None:
+        """Let go of whoever is due; of those in a step, after it."""
+        for job in self.jobs:
+            if job.due_s <= now_s and not job.late:
+                job.late = True
+                if not job.in_flight:
+                    self._leave(job)
 
     def _register(self, job: Job) -> None:
         job.order = self._arrivals
@@ -173,7 +191,7 @@ class Batcher:
         insort(self.waiting, job, key=lambda one: one.order)
 
     def _leave(self, job: Job) -> None:
-        self.running.remove(job)
+        (self.running if job in self.running else self.waiting).remove(job)
         self.free += job.blocks
         job.lose()
 

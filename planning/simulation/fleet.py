@@ -20,7 +20,8 @@ from data.workload import Workload
 from planning.simulation.batching import Job
 from planning.simulation.fleet_control import Controller
 from planning.simulation.fleet_profile import FleetProfile
-from planning.simulation.machine import Agenda, Machine, Queue
+from planning.simulation.lines import Line
+from planning.simulation.machine import Agenda, Machine, Queue, run
 from planning.simulation.members import Members
 from planning.simulation.serving import Array
 from planning.simulation.story import Happening, LayoutChange
@@ -57,7 +58,7 @@ def simulate_fleet(
     Requests that are unfinished at `until_s`, or when nothing can happen any more, are never done.
     """
     jobs = [Job(key, one.input_tokens, one.output_tokens) for key, one in enumerate(workload.requests)]
-    agenda, machine, queue = Agenda(), Machine(), Queue()
+    agenda, machine, queue = Agenda(), Machine[Line](), Queue()
     controller = Controller(Members(book, list(instances)), profile, agenda, machine, queue)
     controller.begin_with(layout)
     for job, request in zip(jobs, workload.requests, strict=True):
@@ -65,18 +66,15 @@ def simulate_fleet(
     for one in happenings:
         agenda.after(one.time_s, lambda one=one: controller.happen(one))  # type: ignore[misc]
     first_s, done_s = np.full(len(jobs), inf), np.full(len(jobs), inf)
-    while agenda.now_s < until_s:
-        drew = machine.lead()
+
+    def decide() -> None:
         controller.watch()
         queue.hand_out(list(machine.lines.values()))
-        for job in [*drew, *machine.lead()]:
-            first_s[job.key] = min(first_s[job.key], agenda.now_s)
-            done_s[job.key] = agenda.now_s if job.done else inf
-        step_s = min(machine.next_s(), agenda.next_s - agenda.now_s)
-        if step_s == inf:
-            break
-        machine.work(step_s)
-        agenda.now_s += step_s
-        agenda.act()
+
+    def told(job: Job) -> None:
+        first_s[job.key] = min(first_s[job.key], agenda.now_s)
+        done_s[job.key] = agenda.now_s if job.done else inf
+
+    run(agenda, machine, decide, told, until_s)
     arrival_s = np.array([request.arrival_s for request in workload.requests])
     return Served(arrival_s, first_s, done_s, tuple(controller.changes))

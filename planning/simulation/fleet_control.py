@@ -54,7 +54,7 @@ class Controller:
     members: Members
     profile: FleetProfile
     agenda: Agenda
-    machine: Machine
+    machine: Machine[Line]
     queue: Queue
     changes: list[LayoutChange] = field(default_factory=list)
     _config: ParallelConfig | None = None

@@ -7,6 +7,7 @@ are shared by all stages that compute, so the speed of everybody follows their n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
@@ -20,32 +21,106 @@ _ROUNDING_S = 1e-12  # what is left of a stage's work when it is done
 
 
 @dataclass(slots=True, eq=False)
-class _Step:
+class Step:
     """A step under way: at `stage`, with `left_s` of its work there to do; beyond the last stage it is finished."""
 
+    batcher: Batcher
     parts: list[Part]
-    work_s: float
-    left_s: float
+    law: StepLaw
+    left_s: float = field(init=False)
+    work_s: float = field(init=False)
     stage: int = 0
+
+    def __post_init__(self) -> None:
+        self.work_s = self.left_s = self.law.work_s(mix(self.parts, self.batcher.limits.block_tokens))
 
 
 @dataclass(slots=True, eq=False)
-class Line:
-    """One replica; `number` is never used again, `config` describes one replica."""
+class Stages(ABC):
+    """Stages through which steps go one after the other, whoever they are of."""
 
     number: int
+    serving: bool = field(default=True, init=False)  # takes new requests and launches steps
+    halted: bool = field(default=False, init=False)  # one of its workers is gone
+    _steps: list[Step] = field(default_factory=list, init=False)
+    _waits: bool = field(default=False, init=False)  # the leader found nothing to launch and waits for the oldest step
+
+    @property
+    @abstractmethod
+    def stages(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def schedule(self) -> Step | None:
+        """The next step; None if nothing can be computed now."""
+
+    @property
+    def drained(self) -> bool:
+        """Whether no step is under way."""
+        return not self._steps
+
+    @property
+    def working(self) -> list[Step]:
+        """The steps that are computed now: the oldest at every stage."""
+        first: dict[int, Step] = {}
+        for step in self._steps:
+            if step.stage < self.stages:
+                first.setdefault(step.stage, step)
+        return [] if self.halted else list(first.values())
+
+    def lead(self) -> list[Job]:
+        """What the leader does now: take finished steps, launch new ones. Returns the jobs that drew a token."""
+        drew: list[Job] = []
+        self._pass_on()
+        while not self.halted and not any(step.stage == 0 for step in self._steps):
+            if self._launch():
+                break
+            if not self._steps or self._steps[0].stage < self.stages:
+                break
+            finished = self._steps.pop(0)
+            drew += finished.batcher.complete(finished.parts)
+            self._waits = False
+        return drew
+
+    def _launch(self) -> bool:
+        if not self.serving or self._waits or len(self._steps) >= self.stages:
+            return False
+        step = self.schedule()
+        if step is None:
+            self._waits = bool(self._steps)
+            return False
+        self._steps.append(step)
+        return True
+
+    def _pass_on(self) -> None:
+        for step in self.working:
+            if step.left_s <= _ROUNDING_S:
+                step.stage += 1
+                step.left_s = step.work_s
+
+
+@dataclass(slots=True, eq=False)
+class Line(Stages):
+    """One replica; `number` is never used again, `config` describes one replica."""
+
     config: ParallelConfig
     devices: tuple[Device, ...]
     law: StepLaw
     limits: BatchLimits
-    serving: bool = True  # takes new requests and launches steps
-    halted: bool = False  # one of its workers is gone
     batcher: Batcher = field(init=False)
-    _steps: list[_Step] = field(default_factory=list)
-    _waits: bool = False  # the leader found nothing to launch and waits for the oldest step
 
     def __post_init__(self) -> None:
         self.batcher = Batcher(self.limits)
+
+    @property
+    def stages(self) -> int:
+        """Of its configuration."""
+        return self.config.stages
+
+    def schedule(self) -> Step | None:
+        """Of the only batcher."""
+        parts = self.batcher.schedule()
+        return Step(self.batcher, parts, self.law) if parts else None
 
     @property
     def room(self) -> int:
@@ -59,23 +134,9 @@ class Line:
         return sum(IN_TOKENS.device_s(job.work) for job in self.batcher.jobs)
 
     @property
-    def drained(self) -> bool:
-        """Whether no step is under way."""
-        return not self._steps
-
-    @property
     def known_tokens(self) -> int:
         """Known tokens of everything that is here."""
         return sum(job.known for job in self.batcher.jobs)
-
-    @property
-    def working(self) -> list[_Step]:
-        """The steps that are computed now: the oldest at every stage."""
-        first: dict[int, _Step] = {}
-        for step in self._steps:
-            if step.stage < self.config.stages:
-                first.setdefault(step.stage, step)
-        return [] if self.halted else list(first.values())
 
     def break_up(self) -> list[Job]:
         """The replica is gone: its jobs, without the steps under way. Their caches are as the last steps left them."""
@@ -85,48 +146,17 @@ class Line:
         self._steps.clear()
         return jobs
 
-    def lead(self) -> list[Job]:
-        """What the leader does now: take finished steps, launch new ones. Returns the jobs that drew a token."""
-        drew: list[Job] = []
-        self._pass_on()
-        while not self.halted and not any(step.stage == 0 for step in self._steps):
-            if self._launch():
-                break
-            if not self._steps or self._steps[0].stage < self.config.stages:
-                break
-            drew += self.batcher.complete(self._steps.pop(0).parts)
-            self._waits = False
-        return drew
 
-    def _launch(self) -> bool:
-        if not self.serving or self._waits or len(self._steps) >= self.config.stages:
-            return False
-        parts = self.batcher.schedule()
-        if not parts:
-            self._waits = bool(self._steps)
-            return False
-        work_s = self.law.work_s(mix(parts))
-        self._steps.append(_Step(parts, work_s, work_s))
-        return True
-
-    def _pass_on(self) -> None:
-        for step in self.working:
-            if step.left_s <= _ROUNDING_S:
-                step.stage += 1
-                step.left_s = step.work_s
-
-
-def next_end_s(lines: Iterable[Line], slowdown: float) -> float:
+def next_end_s(lines: Iterable[Stages], slowdown: float) -> float:
     """Seconds until a stage is done with its work, if nothing else happens."""
-    working = [(line, line.working) for line in lines]
-    busy = sum(len(steps) for _, steps in working)
-    return min((step.left_s * line.law.slow(busy) * slowdown for line, steps in working for step in steps), default=inf)
+    working = [step for line in lines for step in line.working]
+    busy = len(working)
+    return min((step.left_s * step.law.slow(busy) * slowdown for step in working), default=inf)
 
 
-def work(lines: Iterable[Line], seconds: float, slowdown: float) -> None:
+def work(lines: Iterable[Stages], seconds: float, slowdown: float) -> None:
     """Let every stage compute for `seconds`, in which none becomes done before the end."""
-    working = [(line, line.working) for line in lines]
-    busy = sum(len(steps) for _, steps in working)
-    for line, steps in working:
-        for step in steps:
-            step.left_s -= seconds / (line.law.slow(busy) * slowdown)
+    working = [step for line in lines for step in line.working]
+    busy = len(working)
+    for step in working:
+        step.left_s -= seconds / (step.law.slow(busy) * slowdown)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
+from typing import Generic, TypeVar
 
 from planning.simulation.batching import Job
-from planning.simulation.lines import Line, next_end_s, work
+from planning.simulation.lines import Line, Stages, next_end_s, work
+
+_Lines = TypeVar("_Lines", bound=Stages)
 
 
 @dataclass(slots=True)
@@ -59,10 +62,10 @@ class Queue:
 
 
 @dataclass(slots=True)
-class Machine:
+class Machine(Generic[_Lines]):
     """The processors: replicas that compute, and what slows them down."""
 
-    lines: dict[int, Line] = field(default_factory=dict)
+    lines: dict[int, _Lines] = field(default_factory=dict)
     slowdowns: list[float] = field(default_factory=list)
 
     @property
@@ -81,3 +84,24 @@ class Machine:
     def lead(self) -> list[Job]:
         """Let every leader act; returns the jobs that drew a token."""
         return [job for line in list(self.lines.values()) for job in line.lead()]
+
+
+def run(
+    agenda: Agenda,
+    machine: Machine[_Lines],
+    decide: Callable[[], None],
+    told: Callable[[Job], None],
+    until_s: float = inf,
+) -> None:
+    """Let time pass until nothing can happen any more; `decide` what follows from each moment, be `told` of tokens."""
+    while agenda.now_s < until_s:
+        drew = machine.lead()
+        decide()
+        for job in [*drew, *machine.lead()]:
+            told(job)
+        step_s = min(machine.next_s(), agenda.next_s - agenda.now_s)
+        if step_s == inf:
+            break
+        machine.work(step_s)
+        agenda.now_s += step_s
+        agenda.act()

@@ -10,7 +10,8 @@ import pytest
 
 from data.catalog import model_shape
 from data.errors import CorruptData, InvalidInput
-from data.profile import LINKS, STEPS, Fingerprint, Profile
+from data.fingerprint import Fingerprint
+from data.profile import LINKS, STEPS, Profile
 
 FINGERPRINT = Fingerprint.of(
     device="cpu",

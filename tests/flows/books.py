@@ -8,10 +8,11 @@ from data.cluster import ClusterSpec, ClusterState, InstanceType
 from data.demand import Demand
 from data.deployment import Deployment, Hosted, SharedGroup
 from data.explanation import Candidate, Estimate, Move
+from data.fingerprint import Fingerprint
 from data.layout import ParallelConfig
 from data.models import ModelSpec
 from data.plan import Objective, Plan, PlanBook
-from data.profile import Fingerprint, Profile
+from data.profile import Profile
 from data.shared_plan import Forecast, SharedPlan, SharedPlanBook
 
 MODEL = ModelSpec(

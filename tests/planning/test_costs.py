@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InvalidInput
+from data.fingerprint import Fingerprint
 from data.layout import ParallelConfig
 from data.models import ModelSpec
-from data.profile import Fingerprint, Profile
+from data.profile import Profile
 from planning.costs import CostModel, holdout_error
 from planning.queueing import erlang_c, waiting_s
 from planning.resharding import kv_extent, weight_boxes

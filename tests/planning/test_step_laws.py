@@ -7,9 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InvalidInput
-from planning.step_laws import Mix, Observed, StepLaw, decode, fit_law, prompt_steps
+from planning.step_laws import Mix, Observed, StepLaw, fit_law, mean_mix, mix_of, prompt_steps
 
-LAW = StepLaw((0.02, 0.001, 0.0015, 2e-6), (1.0, 1.3, 1.9, 2.5), 0.006)
+LAW = StepLaw((0.02, 0.001, 0.0015, 0.0012, 1e-5, 2e-6), (1.0, 1.3, 1.9, 2.5), 0.006)
+BLOCK = 16
+
+
+def decode(count: int, *contexts: int) -> Mix:
+    """Single tokens: `count` after each of the contexts."""
+    return mix_of([(context, 1) for context in contexts] * count, BLOCK)
 
 
 def _observed(law: StepLaw, stages: int) -> list[Observed]:
@@ -17,10 +23,11 @@ def _observed(law: StepLaw, stages: int) -> list[Observed]:
         Observed(stages * law.work_s(mix) * law.slow(busy), (mix,), busy)
         for busy, mix in [(1, decode(1, 40)), (2, decode(1, 40)), (3, decode(1, 40)), (4, decode(1, 40))]
         + [(4, decode(count, context)) for count in (2, 4, 8) for context in (40, 300)]
+        + [(4, decode(1, *contexts)) for contexts in ((8, 40, 100), (20, 200), (8, 20, 40, 100, 300))]
     ]
     prompts = [
         Observed(stages * sum(map(law.work_s, steps)) * law.slow(1) + law.overhead_s, steps, 1, admitted=True)
-        for steps in (prompt_steps(tokens, 256) for tokens in (8, 64, 200, 600))
+        for steps in (prompt_steps(tokens, 256, BLOCK) for tokens in (8, 64, 200, 600))
     ]
     return decoding + prompts
 
@@ -31,6 +38,9 @@ def test_a_law_is_found_again_from_what_it_says(stages: int) -> None:
     assert found.coefficients == pytest.approx(LAW.coefficients, rel=0.02, abs=1e-7)
     assert found.slowness == pytest.approx(LAW.slowness, rel=0.02)
     assert found.overhead_s == pytest.approx(LAW.overhead_s, rel=0.1)
+    for one in _observed(LAW, stages):
+        assert LAW.predicted_s(one, stages) == pytest.approx(one.seconds)
+        assert found.predicted_s(one, stages) == pytest.approx(one.seconds, rel=0.01)
 
 
 def test_one_wild_observation_does_not_bend_the_law() -> None:
@@ -52,11 +62,19 @@ def test_beyond_what_was_measured_processors_are_shared() -> None:
 @given(st.integers(1, 2000), st.integers(1, 300))
 @settings(deadline=None)
 def test_the_steps_of_a_prompt_hold_all_its_tokens(tokens: int, most: int) -> None:
-    steps = prompt_steps(tokens, most)
+    steps = prompt_steps(tokens, most, BLOCK)
     assert sum(step.tokens for step in steps) == tokens
     assert all(step.tokens <= most for step in steps)
-    assert steps[-1].attended == steps[-1].tokens * tokens
+    padded = -(-tokens // BLOCK) * BLOCK
+    assert steps[-1].attended + steps[-1].read == steps[-1].tokens * padded
 
 
 def test_a_step_costs_by_what_is_in_it() -> None:
-    assert LAW.work_s(Mix(2, 10, 500)) == pytest.approx(0.02 + 2 * 0.001 + 8 * 0.0015 + 500 * 2e-6)
+    seconds = 0.02 + 2 * 0.001 + 8 * 0.0015 + 3 * 0.0012 + 200 * 1e-5 + 500 * 2e-6
+    assert LAW.work_s(Mix(2, 10, 3, 200, 500)) == pytest.approx(seconds)
+
+
+def test_single_tokens_of_like_contexts_are_padded_to_the_longest_and_chunks_come_alone() -> None:
+    assert mix_of([(15, 1), (33, 1), (63, 1), (64, 1)], BLOCK) == Mix(4, 4, 3, 16 + 2 * 64 + 80, 0)
+    assert mix_of([(0, 20), (32, 10)], BLOCK) == Mix(2, 30, 2, 0, 20 * 32 + 10 * 48)
+    assert mean_mix([Mix(1, 1, 1, 16, 0), Mix(3, 7, 1, 32, 8)]) == Mix(2, 4, 1, 24, 4)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planning.simulation.batching import Batcher, BatchLimits, Job, Part, mix
-from planning.step_laws import Mix
-from serving.engine.batch import SampledToken, StepPlan
+from planning.step_laws import Mix, mix_of
+from serving.engine.batch import SampledToken, SequenceStep, StepPlan
 from serving.engine.scheduler import ScheduledRequest, Scheduler, SchedulerLimits
+from serving.engine.step import StepTensors
 from serving.requests import Limits
 
 _BLOCK = 4
@@ -103,10 +105,27 @@ def test_an_adopted_job_goes_on_with_its_cache() -> None:
     assert batcher.free == 16
 
 
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 30)), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_calls_of_attention_are_the_engines(pieces: list[tuple[int, int]]) -> None:
+    plan = StepPlan(
+        1,
+        [
+            SequenceStep(key, start, [9] * count, list(range(-(-(start + count) // _BLOCK))), None, 0)
+            for key, (start, count) in enumerate(pieces)
+        ],
+    )
+    groups = StepTensors.of(plan, block_tokens=_BLOCK, window=None, device=torch.device("cpu")).groups
+    found = mix_of(pieces, _BLOCK)
+    assert found.calls == len(groups)
+    cells = sum(group.blocks.shape[0] * group.tokens * group.blocks.shape[1] * _BLOCK for group in groups)
+    assert found.read + found.attended == cells
+
+
 def test_what_a_step_costs_by() -> None:
     first, second = Job(0, 10, 5), Job(1, 30, 5)
     parts = [Part(first, 9, 1, draws=True), Part(second, 0, 20, draws=False)]
-    assert mix(parts) == Mix(2, 21, 1 * 10 + 20 * 20)
+    assert mix(parts, _BLOCK) == Mix(2, 21, 2, 12, 20 * 20)
 
 
 def test_blocks_are_rounded_up() -> None:

@@ -23,7 +23,7 @@ from tests.planning.fleets import SPEC
 
 BASE_S, TOKEN_S, OVERHEAD_S = 0.1, 0.01, 0.02
 DECODE_S = BASE_S + TOKEN_S
-LAW = StepLaw((BASE_S, TOKEN_S, TOKEN_S, 0.0), (1.0,) * 8, OVERHEAD_S)
+LAW = StepLaw((BASE_S, TOKEN_S, TOKEN_S, 0.0, 0.0, 0.0), (1.0,) * 8, OVERHEAD_S)
 CHARGES = Charges(
     prepare=Duration(0.5, 0.25),
     transfer=Duration(0.2, 0.1),
@@ -184,7 +184,7 @@ def test_every_request_is_served_whole_whatever_happens(seed: int, story: list[H
 def test_what_takes_longer_makes_requests_later(seed: int) -> None:
     work, served = _serve(seed, [])
     slow = replace(
-        PROFILE, laws=dict.fromkeys(DEGREES, StepLaw((2 * BASE_S, 2 * TOKEN_S, 2 * TOKEN_S, 0.0), (1.0,) * 8))
+        PROFILE, laws=dict.fromkeys(DEGREES, StepLaw((2 * BASE_S, 2 * TOKEN_S, 2 * TOKEN_S, 0.0, 0.0, 0.0), (1.0,) * 8))
     )
     later = simulate_fleet(_book(LADDER), slow, work, [], NAMES)
     assert later.latency_s.mean() > served.latency_s.mean()

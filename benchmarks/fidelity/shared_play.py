@@ -1,0 +1,124 @@
+"""A script of several models played on real fleets: one is measured, the next is told its pace and serves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from benchmarks.fidelity.clients import Clients, Stream
+from benchmarks.fidelity.scripts import ENGINE
+from benchmarks.fidelity.shared_profile import laws_of, paces_told, speeds_of
+from benchmarks.fidelity.shared_scripts import MAX_BATCH, SharedScript
+from benchmarks.fidelity.steps import StepSurvey
+from benchmarks.fidelity.watch import Watch
+from data.shared_plan import Speed
+from perennial.processes import Start
+from perennial.testing import fleet, given_groups
+from planning.simulation.shared_fleet import Ask
+from planning.step_laws import Observed
+from serving.engine.weights import read_spec
+from serving.settings import Capacity
+
+_PATIENCE_S = 60.0
+_FINISH_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPlayed:
+    """A run: requests as they were sent, what came back, the steps by model, and the paces that admission had.
+
+    `foreign_cores` and `probe_ms` are as for a run of one model.
+    """
+
+    asks: list[Ask]
+    streams: list[Stream]
+    steps: list[tuple[str, Observed]]
+    speeds: list[Speed]
+    foreign_cores: list[float] = field(default_factory=list)
+    probe_ms: list[float] = field(default_factory=list)
+
+
+class _Stage:
+    """Starts fleets of a script and measures them."""
+
+    def __init__(
+        self, script: SharedScript, seed: int, checkpoints: Mapping[str, str], home: Path, start: Start
+    ) -> None:
+        self._script, self._seed, self._home, self._start = script, seed, home, start
+        self._checkpoints = {model: checkpoints[model] for model in script.shapes}
+        self._vocab = min(read_spec(path).vocab for path in self._checkpoints.values())
+        self.steps: list[tuple[str, Observed]] = []
+
+    async def fleet(self, stack: AsyncExitStack, speeds: Sequence[Speed] = ()) -> tuple[Clients, Clients]:
+        """A fleet that serves; clients that are patient, and those that take no for an answer."""
+        groups = self._script.groups
+        devices = self._script.deployment.devices
+        service = await stack.enter_async_context(
+            fleet(
+                self._checkpoints,
+                instances=devices,
+                plan=given_groups(self._checkpoints, {devices: groups}, speeds=speeds),
+                home=self._home / ("told" if speeds else "measured"),
+                engine=ENGINE,
+                start=self._start,
+                capacity=Capacity(admission="slo"),
+            )
+        )
+        connections = [service.client(give_up_s=give_up_s) for give_up_s in (_PATIENCE_S, 0.0)]
+        patient, hasty = [Clients(await stack.enter_async_context(one), self._vocab, self._seed) for one in connections]
+        return patient, hasty
+
+    async def survey(self, clients: Clients) -> None:
+        """The steps of every model, one after the other."""
+        survey = StepSurvey(clients, ENGINE.step_tokens, ENGINE.block_tokens)
+        for model, (_, stages, _) in self._script.shapes.items():
+            found = await survey.measure(self._script.hosting(model), stages, MAX_BATCH, model=model)
+            self.steps += [(model, one) for one in found]
+
+
+async def play_shared(
+    script: SharedScript, seed: int, checkpoints: Mapping[str, str], home: Path, start: Start
+) -> SharedPlayed:
+    """Measure a fleet, play the script on another that knows how quick it is, and measure that again."""
+    stage, watch, begun_s = _Stage(script, seed, checkpoints, home, start), Watch(), time.monotonic()
+    watching = asyncio.create_task(watch.watch())
+    async with AsyncExitStack() as stack:
+        await stage.survey((await stage.fleet(stack))[0])
+    speeds = speeds_of(script, laws_of(script, stage.steps))
+    async with AsyncExitStack() as stack:
+        patient, hasty = await stage.fleet(stack, speeds)
+        surveyed_s = time.monotonic()
+        asks, streams = await _run(script, seed, speeds, hasty)
+        played_s = time.monotonic()
+        await stage.survey(patient)
+    watching.cancel()
+    spans = (begun_s, surveyed_s), (surveyed_s, played_s), (played_s, time.monotonic())
+    return SharedPlayed(
+        asks,
+        streams,
+        stage.steps,
+        speeds,
+        [round(watch.mean_cores(*span), 3) for span in spans],
+        [round(watch.middle_probe_ms(*span), 4) for span in spans],
+    )
+
+
+async def _run(
+    script: SharedScript, seed: int, speeds: Sequence[Speed], clients: Clients
+) -> tuple[list[Ask], list[Stream]]:
+    """Requests in the order in which they were sent, with their times, and their streams."""
+    asks, began_s = script.asks(seed, paces_told(speeds)), time.monotonic()
+
+    async def one(ask: Ask) -> tuple[Ask, Stream]:
+        await asyncio.sleep(max(0.0, began_s + ask.arrival_s - time.monotonic()))
+        stream = await clients.send(ask.input_tokens, ask.output_tokens, model=ask.model, deadline_s=ask.deadline_s)
+        return replace(ask, arrival_s=stream.sent_s - began_s), stream
+
+    async with asyncio.timeout(asks[-1].arrival_s + _FINISH_S):
+        pairs = await asyncio.gather(*map(one, asks))
+    pairs.sort(key=lambda pair: pair[0].arrival_s)
+    return [ask for ask, _ in pairs], [stream for _, stream in pairs]
