@@ -68,10 +68,10 @@ class World:
             (item.source, item.destination, item.elements * self.element_bytes) for item in transition.weights.transfers
         ]
         kv = [
-            (item.source, item.destination, self._kv_bytes(item, one.cached_tokens))
-            for new in transition.new
+            (item.source, item.destination, self._kv_bytes(item, one.cached_tokens // len(heirs)))
             for one in live
-            if one.number in new.inherits and one.number in transition.retire
+            if one.number in transition.retire and (heirs := _heirs(transition, one.number))
+            for new in heirs
             for item in self._routes(new.config, new, one)
         ]
         moving = [item for item in kv if item[0] != item[1]]
@@ -101,7 +101,11 @@ class World:
         after = [one for one in after if one.number in transition.keep]
         for new in transition.new:
             self._born += 1
-            cached = sum(tokens[number] for number in new.inherits)
+            cached = sum(
+                tokens[number] // len(heirs)
+                for number in transition.retire
+                if new in (heirs := _heirs(transition, number))
+            )
             after.append(LiveReplica(self._born, new.config, new.devices, cached))
         self.live = tuple(after)
         for position in data["positions"]:
@@ -122,6 +126,11 @@ def _busiest(moves: Sequence[tuple[Device | None, Device, int]]) -> int:
         if source is not None:
             load["out", str(source)] += size
     return max(load.values(), default=0)
+
+
+def _heirs(transition: Transition, number: int) -> list[NewReplica]:
+    """The new replicas that take over from an old one, in equal parts; those that inherit nothing get a part too."""
+    return [one for one in transition.new if number in one.inherits or not one.inherits]
 
 
 def parsed(device: str) -> Device:

@@ -61,6 +61,25 @@ def test_the_whole_model_on_every_device_moves_no_weights() -> None:
         assert go(world, layout, 10).weights_bytes == 0
 
 
+def test_two_replicas_share_what_one_leaves() -> None:
+    world = World(SPEC, 4)
+    usable = DEVICES[:2]
+    found = []
+    for layout in ("1x1x2", "2x1x1", "1x1x2"):
+        target = config(layout, 8)
+        plan = plan_transition(
+            SPEC, target, live=world._with_tokens(400), usable=usable, resident=world.resident, element_bytes=4
+        )
+        positions = [
+            {"replica": at, "stage": 0, "shard": rank, "device": str(device)}
+            for at, new in enumerate(plan.new)
+            for rank, device in enumerate(new.devices)
+        ]
+        least = world.advance(target, usable, 400, {"positions": positions})
+        found.append((least.kv_bytes // TOKEN_BYTES, least.busiest_kv_bytes // TOKEN_BYTES))
+    assert found == [(0, 0), (200, 100), (200, 100)], "each device gets and gives half of what moves"
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from(LAYOUTS), min_size=2, max_size=4), st.integers(1, 100))
 def test_no_kv_arrives_twice_and_of_one_replica_all_does(chain: list[str], quarter: int) -> None:
