@@ -44,7 +44,8 @@ class KvIndex:
     the copy is complete for the first time. Nothing waits for these, nor for who has just got a long prompt: it
     catches up meanwhile.
 
-    What was computed before the last step is *settled*: nobody who copies it has to wait for the device.
+    What was computed before the last step is *settled*: nobody who copies it has to wait for the device. Without a
+    mark the last step is settled too.
     """
 
     def __init__(self) -> None:
@@ -158,7 +159,7 @@ class KvIndex:
     def look(self, *, all_of_it: bool) -> Look:
         """What there is to copy: what is settled, or everything."""
         with self._lock:
-            everything = all_of_it or self._hurry
+            everything = all_of_it or self._hurry or self.mark is None
             self._hurry = False
             entries = dict(self._entries)
             if everything:

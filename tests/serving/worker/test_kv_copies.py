@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from serving.engine.batch import SequenceStep, StepPlan
 from serving.engine.kv_cache import KvCache
-from serving.engine.kv_index import Cached, KvIndex
+from serving.engine.kv_index import Cached, Kept, KvIndex
 from serving.errors import TransportError
 from serving.requests import Sampling
 from serving.worker import kv_wire as wire
@@ -192,3 +192,27 @@ def test_a_sequence_that_starts_anew_is_another_one() -> None:
     assert (now.tokens, now.blocks) == (1, (2,))
     assert now.life != before.life
     assert index.copying[1]
+
+
+def test_what_the_device_is_at_is_copied_a_step_later_unless_somebody_waits_for_it() -> None:
+    index, marks = KvIndex(), [object(), object()]
+    for number, mark in enumerate(marks):
+        made = plan(number, (1, 4 + number, 1, [3, 7]))
+        index.begin(made)
+        index.finish(made, mark)
+    look = index.look(all_of_it=False)
+    assert (look.cached[1].tokens, look.mark) == (5, marks[0])
+    look = index.look(all_of_it=True)
+    assert (look.cached[1].tokens, look.mark) == (6, marks[1])
+    index.nudge(hurry=True)
+    assert index.wait(look.changes, 0.0)
+    assert index.look(all_of_it=False).cached[1].tokens == 6
+    assert index.look(all_of_it=False).cached[1].tokens == 5  # who was in a hurry has seen it
+
+
+def test_nobody_waits_for_the_copy_of_a_long_prompt() -> None:
+    index = KvIndex()
+    grow(index, 1, (1, 0, 300, list(range(75))), (2, 0, 3, [90]))
+    assert index.late({1: 299, 2: 3}, {}) == [2]
+    index.follow({1: Kept(index.snapshot()[1].life, 298)})
+    assert index.late({1: 299}, {}) == [1]  # it has caught up once
