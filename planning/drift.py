@@ -116,14 +116,12 @@ def at_least(count: int, expected: float, cv: float) -> float:
 
 def cv_p(demand: Demand, seen: float, gaps: int) -> float:
     """How likely so many Gamma gaps have a CV as far off as `seen` or further, at the nearest tolerated."""
-    told = max(demand.cv, _LEAST_CV)
+    told, seen = max(demand.cv, _LEAST_CV), max(seen, _LEAST_CV)  # what comes by the clock is no drift from itself
     error = sqrt((1 + told**2) / (2 * demand.requests)) if demand.requests else 0.0
     margin = TOLERANCE + _SIGMAS * error
     nearest = min(max(seen, told / (1 + margin)), told * (1 + margin))
     if seen == nearest:
         return 1.0
-    if seen <= 0:
-        return 0.0
     logs = _sampled_log_cvs(nearest, min(gaps, _MOST_DRAWN))
     return float(2 * ndtr(-abs(log(seen) - logs.mean()) / logs.std()))
 

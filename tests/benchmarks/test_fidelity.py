@@ -190,6 +190,7 @@ def _specs() -> dict[str, ModelSpec]:
         return {name: read_spec(path) for name, path in models.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SHARED_SCRIPTS, ids=lambda script: script.name)
 def test_a_shared_run_is_its_own_simulation_and_not_that_of_a_slower_fleet(script: SharedScript) -> None:
     run = shared_compare.compared(script, 0, _shared(script).played, _specs())

@@ -16,7 +16,7 @@ from flows.registry import CHALLENGER, CHAMPION, open_registry
 from serving.engine.checkpoint import create_checkpoint
 from tests.flows.books import grid
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.slow]
 
 ASKED = {"slo_s": 30.0, "input_tokens": 24, "output_tokens": 16}
 MODELS: dict[str, dict[str, Any]] = {

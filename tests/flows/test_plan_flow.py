@@ -90,6 +90,7 @@ def test_another_objective_is_searched_on_the_same_profile(
     assert open_registry(str(home)).load_plan(result["name"]).sha256 == first[0]["sha256"]
 
 
+@pytest.mark.slow
 def test_a_journey_is_planned_from_a_trace(
     first: tuple[PlanResult, list[Progress]], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_journey_is_planned_from_a_trace(
         plan(_request(home, availability=str(home / "absent.csv")))
 
 
+@pytest.mark.slow
 def test_a_deleted_profile_is_measured_again(first: tuple[PlanResult, list[Progress]], home: Path) -> None:
     shutil.rmtree(first[0]["profile"])
     folder = profile_flow.profile(_request(home).measure)

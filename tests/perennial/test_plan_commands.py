@@ -119,6 +119,7 @@ def test_wrong_values_are_refused_before_anything_runs(home: Path) -> None:
         _run("plan", "--profile", str(home), "--type", "abacus")
 
 
+@pytest.mark.slow
 def test_a_machine_without_prefect_and_mlflow_measures(home: Path) -> None:
     """A GPU node: the same command, in an interpreter in which neither can be imported."""
     from serving.engine.checkpoint import create_checkpoint

@@ -108,3 +108,8 @@ def test_less_data_means_less_certainty() -> None:
     assert twice == sorted(twice, reverse=True)
     assert twice[0] > LEVEL > twice[1]
     assert length_p(60, 10, np.array([100.0, 150, 120] * 10)) > length_p(60, 0, np.array([100.0, 150, 120] * 10))
+
+
+def test_arrivals_by_the_clock_have_not_drifted_from_themselves() -> None:
+    recent = History.of(["a"], [(1.0 * at, "a", 60, 40) for at in range(200)])
+    assert not drifts([recent.measured(told())], recent)

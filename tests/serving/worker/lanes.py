@@ -52,7 +52,7 @@ class Shared:
         }
 
 
-def meet(size: int, *, apart: tuple[int, ...] = ()) -> list[Group]:
+def meet(size: int, *, apart: tuple[int, ...] = (), timeout_s: float = 10.0) -> list[Group]:
     """All ranks of a group; any two that are not both `apart` exchange by windows of three slots."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
     windows = {
@@ -65,7 +65,7 @@ def meet(size: int, *, apart: tuple[int, ...] = ()) -> list[Group]:
     def join(rank: int) -> None:
         own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
         shared, cpu = cast(Windows, Shared(windows)), torch.device("cpu")
-        found[rank] = Group(own, "g", rank, size, device=cpu, host="127.0.0.1", timeout_s=10.0, windows=shared)
+        found[rank] = Group(own, "g", rank, size, device=cpu, host="127.0.0.1", timeout_s=timeout_s, windows=shared)
 
     everyone(size, join)
     return found

@@ -70,7 +70,7 @@ def test_kv_arrives_where_it_belongs(apart: tuple[int, ...]) -> None:
 
 
 def test_what_was_abandoned_is_not_copied() -> None:
-    groups = meet(2)
+    groups = meet(2, timeout_s=1.0)  # as long as the other rank waits for who has given up
     source, target = cache((0, 2), (0, 2), 1), cache((0, 2), (0, 2), 2)
     before = target.cells((0, 2), (0, 2)).clone()
     groups[0].give_up()
