@@ -82,10 +82,13 @@ class Worker:
             self._rehearse()
 
     def _rehearse(self) -> None:
-        began = time.monotonic()
-        engine = self._settings.engine
-        for spec in self._checkpoints.specs.values():
-            rehearse(spec, weight_dtype(engine), self._device, engine.block_tokens)
+        began, engine = time.monotonic(), self._settings.engine
+        try:
+            for spec in self._checkpoints.specs.values():
+                rehearse(spec, weight_dtype(engine), self._device, engine.block_tokens)
+        except RuntimeError as error:  # for want of memory, say; then kernels are compiled when they are needed
+            logger.warning("%s: kernels could not be rehearsed: %s", self.name, error)
+            return
         logger.info("%s: kernels compiled and loaded in %.1f s", self.name, time.monotonic() - began)
 
     # -- connection ---------------------------------------------------------------------------
