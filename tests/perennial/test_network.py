@@ -66,6 +66,7 @@ async def spread_out(network: Network, checkpoint: str) -> AsyncIterator[tuple[F
         yield service, dict(zip(names, hosts, strict=True))
 
 
+@pytest.mark.slow
 async def test_streams_outlive_a_partition_and_the_cut_off_instance_comes_back(
     network: Network, checkpoint: str
 ) -> None:

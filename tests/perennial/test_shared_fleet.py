@@ -49,6 +49,7 @@ def both(stages: int, shards: int) -> SharedGroup:
     return SharedGroup(stages, shards, (Hosted("small/a", 4, 0.5), Hosted("b", 4, 0.5)))
 
 
+@pytest.mark.slow
 async def test_two_models_share_a_group_through_changes_and_a_kill(models: Models) -> None:
     plan = given_groups(models.checkpoints, {1: [both(1, 1)], 2: [both(1, 2)], 3: [both(2, 1), both(1, 1)]})
     async with fleet(models.checkpoints, instances=2, plan=plan) as service, service.client() as client:
@@ -72,6 +73,7 @@ async def test_two_models_share_a_group_through_changes_and_a_kill(models: Model
     assert not any(differences)
 
 
+@pytest.mark.slow
 async def test_a_model_without_a_place_waits_for_one_over_a_restart_of_the_controller(models: Models) -> None:
     plan = given_groups(models.checkpoints, {1: [SharedGroup(1, 1, (Hosted("b", 8),))], 2: [both(2, 1)]})
     async with fleet(models.checkpoints, instances=2, plan=plan) as service, service.client() as client:

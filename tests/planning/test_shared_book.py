@@ -15,6 +15,8 @@ from planning.hosting import Tenant, placement_of
 from planning.shared_book import SharedInputs, attained, build_shared_book, told_arrivals
 from tests.planning.tenants import MIB, cluster, tenant
 
+pytestmark = pytest.mark.slow  # on a machine that has not compiled the kernels yet
+
 _moments = count(0.0, 1000.0)
 
 
