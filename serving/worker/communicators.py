@@ -1,8 +1,7 @@
 """NCCL communicators, and those of this process that wait to be used again.
 
-Making one takes a third of a second, in which others wait for the driver; taking one down takes as long, and
-whoever allocates memory meanwhile stands still with the interpreter in hand. Layouts come back: so do their
-communicators.
+While one is made others wait for the driver; while one is taken down, which takes longer, whoever allocates memory
+stands still with the interpreter in hand. Layouts come back: so do their communicators.
 """
 
 from __future__ import annotations
@@ -73,9 +72,14 @@ class Communicators:
         with self._lock:
             own = {one.name: one for one in self._idle if one.members == members}
             self._idle = [one for one in self._idle if one.members != members]
-        store.set(f"idle/{rank}", msgspec.json.encode(sorted(own)).decode())
-        lists = [msgspec.json.decode(bytes(store.get(f"idle/{peer}")), type=set[str]) for peer in range(len(members))]
-        common = sorted(set.intersection(*lists))
+        try:
+            store.set(f"idle/{rank}", msgspec.json.encode(sorted(own)).decode())
+            idle = (bytes(store.get(f"idle/{peer}")) for peer in range(len(members)))
+            common = sorted(set.intersection(*(msgspec.json.decode(one, type=set[str]) for one in idle)))
+        except RuntimeError:  # a peer did not come: nothing was taken
+            for one in own.values():
+                self.give_back(one)
+            raise
         for name, one in own.items():
             if name not in common:
                 one.abort()
