@@ -52,8 +52,9 @@ def publish_book(
 
 
 def write_book(book: Book, folder: Path) -> Path:
-    """Write a book under its checksum, for `perennial serve --plan`; returns the file."""
+    """Write a book under its checksum, for `perennial serve --plan`; returns the file, which is whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / f"{book.sha256[:16]}.json").absolute()
-    path.write_bytes(book.to_bytes())
-    return path
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(book.to_bytes())
+    return partial.replace(path)

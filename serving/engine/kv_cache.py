@@ -89,21 +89,17 @@ class KvCache:
 
     def gather(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
         """A contiguous copy `[layers, 2, slots, heads, head_dim]` of cells, of absolute ranges held here."""
-        box = self._box(layers, heads)
+        box = self.cells(layers, heads)
         if self._kernels is not None:
             gathered: Tensor = self._kernels.gather_rows(box, slots)
             return gathered
         return self._gather_runs(box, slots, torch.empty(_packed(box, slots), dtype=self.dtype))
 
-    def cells(self, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
-        """All cells of absolute ranges held here, in place: `[layers, 2, slots, heads, head_dim]`."""
-        return self._box(layers, heads)
-
     def copy_rows(
         self, source: Tensor, there: Tensor, here: Tensor, layers: tuple[int, int], heads: tuple[int, int]
     ) -> None:
         """Store slots `there` of `source`, cells like `cells(layers, heads)`, in the slots `here`; on this device."""
-        box = self._box(layers, heads)
+        box = self.cells(layers, heads)
         if self._kernels is not None:
             self._kernels.copy_rows(source, there, box, here)
         else:
@@ -124,7 +120,7 @@ class KvCache:
 
     def upload(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], device: torch.device) -> Tensor:
         """`gather` from a log to a GPU: some tokens at a time, packed while those before are copied."""
-        box = self._box(layers, heads)
+        box = self.cells(layers, heads)
         out = torch.empty(_tokens_first(box[:, :, : len(slots)]).shape, dtype=self.dtype, device=device)
         most = max(1, UPLOAD_BYTES * len(slots) // out.nbytes)
         under_way: deque[torch.cuda.Event] = deque()
@@ -150,7 +146,7 @@ class KvCache:
 
     def scatter(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], data: Tensor) -> None:
         """Store what `gather` returned, perhaps elsewhere, for as many slots and the same ranges."""
-        box, data = self._box(layers, heads), data.to(self._flat.device, self._flat.dtype)
+        box, data = self.cells(layers, heads), data.to(self._flat.device, self._flat.dtype)
         if self._kernels is not None:
             self._kernels.scatter_rows(box, slots, data)
             return
@@ -165,7 +161,8 @@ class KvCache:
         """Where tokens `start` … `stop` - 1 of a sequence with this block table are."""
         return slots(blocks, start, stop, self.block_tokens)
 
-    def _box(self, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
+    def cells(self, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
+        """All cells of absolute ranges held here, in place: `[layers, 2, slots, heads, head_dim]`."""
         if not _within(layers, self.layers) or not _within(heads, self.heads):
             raise ValueError(
                 f"layers {layers}, KV heads {heads} are not within layers {self.layers}, KV heads {self.heads}"

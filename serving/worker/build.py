@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ from serving.engine.graphs import graph_sizes
 from serving.engine.kv_cache import KvCache
 from serving.engine.model import ShardModel
 from serving.engine.place import Place
+from serving.engine.rehearsal import rehearse
 from serving.messages import Hosted, Role
 from serving.settings import EngineSettings
 from serving.worker.communicators import Communicators
@@ -27,6 +30,8 @@ from serving.worker.groups import Group, Hop, Waiting
 from serving.worker.movement import HeldTensor
 from serving.worker.position import ModelPart, Position
 from serving.worker.window import Windows
+
+logger = logging.getLogger(__name__)
 
 _COPYING_THREADS = 8  # beside a GPU, processors only copy memory
 
@@ -52,6 +57,18 @@ def weight_dtype(engine: EngineSettings) -> torch.dtype:
 def numerics_of(engine: EngineSettings) -> str:
     """`auto` resolved: exact on CPU, native elsewhere."""
     return ("exact" if engine.device == "cpu" else "native") if engine.numerics == "auto" else engine.numerics
+
+
+def rehearse_models(specs: Iterable[ModelSpec], engine: EngineSettings, device: torch.device) -> None:
+    """Compile and load what steps of these models take; what cannot be now will be when it is needed."""
+    began = time.monotonic()
+    try:
+        for spec in specs:
+            rehearse(spec, weight_dtype(engine), device, engine.block_tokens)
+    except RuntimeError as error:  # for want of memory, say
+        logger.warning("kernels could not be rehearsed: %s", error)
+    else:
+        logger.info("kernels compiled and loaded in %.1f s", time.monotonic() - began)
 
 
 @dataclass(frozen=True, slots=True)

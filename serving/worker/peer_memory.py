@@ -7,6 +7,7 @@ keeps for ever what one of them died with; here orders say who reads when, and n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import weakref
 from typing import Any
@@ -94,4 +95,5 @@ class _Driver:
 def _close(driver: _Driver, opened: dict[bytes, int]) -> None:
     """Let go of what was opened: as long as it is, its owner cannot return it to the system."""
     for base in opened.values():
-        driver.call("cuIpcCloseMemHandle", ctypes.c_uint64(base))
+        with contextlib.suppress(RuntimeError):  # the owner may be gone; the others are to be let go of all the same
+            driver.call("cuIpcCloseMemHandle", ctypes.c_uint64(base))

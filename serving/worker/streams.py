@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-FIRST = -1  # the priority of what tokens wait for; what is beside it has the device's default
+_FIRST = -1  # the priority of what tokens wait for; what is beside it has the device's default
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
@@ -43,4 +43,4 @@ def beside_steps(device: torch.device) -> Iterator[None]:
 @cache
 def _first(device: torch.device, use: str) -> torch.cuda.Stream:
     """One for each use."""
-    return torch.cuda.Stream(device, priority=FIRST)
+    return torch.cuda.Stream(device, priority=_FIRST)

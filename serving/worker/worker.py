@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -23,10 +22,17 @@ from serving import lifeline
 from serving import messages as m
 from serving.engine.checkpoints import Checkpoints
 from serving.engine.kv_cache import KvCache
-from serving.engine.rehearsal import rehearse
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
-from serving.worker.build import Build, build_position, compute_device, numerics_of, weight_dtype
+from serving.worker.build import (
+    Build,
+    build_position,
+    compute_device,
+    numerics_of,
+    rehearse_models,
+    weight_dtype,
+)
+from serving.worker.clearing import clear_aside
 from serving.worker.communicators import Communicators
 from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
@@ -79,17 +85,7 @@ class Worker:
         self._connection: Connection[m.Downward] | None = None
         self._runner = asyncio.get_running_loop()
         if cuda and numerics_of(settings.engine) == "native":
-            self._rehearse()
-
-    def _rehearse(self) -> None:
-        began, engine = time.monotonic(), self._settings.engine
-        try:
-            for spec in self._checkpoints.specs.values():
-                rehearse(spec, weight_dtype(engine), self._device, engine.block_tokens)
-        except RuntimeError as error:  # for want of memory, say; then kernels are compiled when they are needed
-            logger.warning("%s: kernels could not be rehearsed: %s", self.name, error)
-            return
-        logger.info("%s: kernels compiled and loaded in %.1f s", self.name, time.monotonic() - began)
+            rehearse_models(self._checkpoints.specs.values(), settings.engine, self._device)
 
     # -- connection ---------------------------------------------------------------------------
 
@@ -271,7 +267,7 @@ class Worker:
             done = [self._prepared.pop(order.epoch)]
             self._take_over(order, prepared)
         del prepared  # taking its group down must not hold the answer up
-        _clear_aside(done)
+        clear_aside(done)
         parts_ms = (1e3 * one for one in (stopped - began, moved - stopped, time.monotonic() - moved))
         logger.debug("switch: %.1f ms until the old loop ended, %.1f to move the rest, %.1f to take over", *parts_ms)
         return m.Switched(order.epoch, traffic.sent_bytes, traffic.seconds)
@@ -358,7 +354,7 @@ class Worker:
                     loop.position.abort()
                 retired.append(loop)
             if retired:
-                _clear_aside(retired)
+                clear_aside(retired)
 
     def _stop_loop(self) -> StepLoop:
         loop = self._loop
@@ -391,7 +387,7 @@ class Worker:
             broken, self._broken = self._broken, []
         for loop in broken:
             loop.position.abort()
-        _clear_aside(broken)
+        clear_aside(broken)
 
     def _keep(self, replicas: list[int]) -> None:
         with self._lock:
@@ -416,7 +412,7 @@ class Worker:
             group.abort()
         if isinstance(self._loop, Leader):
             self._loop.graft(epoch, [])  # reservations for it are free again
-        _clear_aside(void)
+        clear_aside(void)
 
     def _forget_everything(self) -> None:
         """Without a controller nothing here is in force; the weights stay for the next one."""
@@ -431,19 +427,6 @@ class Worker:
 
 def _tell_state(post: Callable[[m.Message], None], replica: int, complete: bool) -> None:
     post(m.CopyState(replica, complete))
-
-
-def _clear_aside(things: list[Any]) -> None:
-    """Destroy what only this list holds in a thread of its own: taking a NCCL group down takes a second."""
-    threading.Thread(target=_clear, args=(things,), name="clear", daemon=True).start()
-
-
-def _clear(things: list[Any]) -> None:
-    while things:
-        thing = things.pop()
-        if isinstance(thing, StepLoop) and not thing.is_alive():
-            for part in thing.position.parts:
-                part.model.close()
 
 
 def retained(held: dict[str, HeldTensor], needed: dict[str, HeldTensor]) -> dict[str, HeldTensor]:
