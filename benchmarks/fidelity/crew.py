@@ -77,9 +77,7 @@ async def _play(job: Job, share: Sequence[int], path: Path) -> str:
         try:
             await asyncio.wait_for(process.wait(), _LONGEST_S)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await asyncio.wait_for(process.wait(), _END_S)
+            await _end(process)
             return f"{job}: not over after {_LONGEST_S:g} s"
         if process.returncode or not own.exists():
             lines = (Path(folder) / "said").read_text(errors="replace").strip().splitlines()
@@ -87,6 +85,17 @@ async def _play(job: Job, share: Sequence[int], path: Path) -> str:
         with path.open("ab") as file:
             file.write(own.read_bytes())
     return ""
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Ask, and then do not ask any more; its fleet ends with it."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), _END_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
 
 
 def _say(begun_s: float, text: str) -> None:
