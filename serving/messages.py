@@ -20,8 +20,16 @@ class Message(msgspec.Struct, frozen=True, tag=True, tag_field="message", array_
 # -- agents and workers → controller ----------------------------------------------------------
 
 
+class Notice(Message):
+    """An instance goes away in `deadline_s` seconds: said by its agent, or to it if the controller learnt first."""
+
+    instance: str
+    deadline_s: float
+    source: str
+
+
 class AgentHello(Message):
-    """First message of an agent."""
+    """First message of an agent, with what is known of its instance's end and the sources that advised."""
 
     token: str
     instance: str
@@ -29,6 +37,8 @@ class AgentHello(Message):
     devices: int
     pid: int
     zone: str = ""
+    notice: Notice | None = None
+    advice: tuple[str, ...] = ()
 
 
 class WorkerHello(Message):
@@ -53,14 +63,6 @@ class Heartbeat(Message):
     replica: int = -1
     still_s: float = 0.0
     awaits: int | None = None
-
-
-class Notice(Message):
-    """An instance goes away in `deadline_s` seconds: said by its agent, or to it if the controller learnt first."""
-
-    instance: str
-    deadline_s: float
-    source: str
 
 
 class Advice(Message):

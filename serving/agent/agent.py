@@ -89,30 +89,43 @@ class Agent:
         return True
 
     def _tell_notice(self) -> None:
-        if self._notice is not None and self._connection is not None:
-            left_s = max(0.0, self._notice[0] - asyncio.get_running_loop().time())
-            self._connection.send(m.Notice(self._identity.instance, left_s, self._notice[1]))
+        notice = self._left()
+        if notice is not None and self._connection is not None:
+            self._connection.send(notice)
+
+    def _left(self) -> m.Notice | None:
+        """The notice in force, by the time that is left of it."""
+        if self._notice is None:
+            return None
+        ends_at, source = self._notice
+        return m.Notice(self._identity.instance, max(0.0, ends_at - asyncio.get_running_loop().time()), source)
+
+    def _hello(self) -> m.AgentHello:
+        """What is known of the instance's end goes with it: nobody may count on the instance for a moment."""
+        one = self._identity
+        known = (self._left(), tuple(self._advice))
+        return m.AgentHello(self._settings.token, one.instance, one.type, one.devices, os.getpid(), one.zone, *known)
 
     async def serve(self) -> None:
         """Obey the controller until the connection ends.
 
         Raises `Dismissed` when told to leave, `JoinRefused` or `TransportError` if there is no connection.
         """
-        timeouts, identity = self._settings.timeouts, self._identity
+        timeouts = self._settings.timeouts
+        notice, hello = self._notice, self._hello()
         connection = await join(
-            identity.controller,
-            m.AgentHello(
-                self._settings.token, identity.instance, identity.type, identity.devices, os.getpid(), identity.zone
-            ),
+            self._identity.controller,
+            hello,
             frame_bytes=self._settings.capacity.frame_bytes,
             timeout_s=timeouts.join_s,
             silence_s=timeouts.controller_gone_s,
             unacknowledged_s=timeouts.unacknowledged_s,
         )
         self._connection = connection
-        for source in self._advice:
+        for source in self._advice[len(hello.advice) :]:  # heard since the hello was written
             self._tell_advice(source)
-        self._tell_notice()
+        if self._notice != notice:
+            self._tell_notice()
         beat = asyncio.create_task(self._beat(connection))
         try:
             async for message in connection:

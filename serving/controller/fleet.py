@@ -20,13 +20,14 @@ from serving.controller.events import EventLog, layout_event
 from serving.controller.grace import Grace, timing_of
 from serving.controller.journal import Journal
 from serving.controller.ledger import Ledger
-from serving.controller.membership import InstanceState, Membership
+from serving.controller.membership import Membership
 from serving.controller.phases import TransitionFailed
 from serving.controller.progress import standstill
 from serving.controller.reconfiguration import Outcome, Reconfiguration, Stranded
 from serving.controller.records import Record
 from serving.controller.recovery import Recovery, lost_with
 from serving.controller.rendezvous import Rendezvous
+from serving.controller.roster import InstanceState
 from serving.controller.targets import Targets
 from serving.settings import ServingSettings
 from serving.telemetry import Metrics

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Protocol
 
-from data.cluster import ClusterState
 from data.layout import Device
 from serving import messages as m
-from serving.controller.leases import LOOKS, Lease, looks
-from serving.controller.progress import Heard
+from serving.controller.leases import looks
+from serving.controller.roster import InstanceState, Member, Roster
 from serving.errors import InvalidInput, TransportError
-from serving.requests import InstanceInfo
 from serving.settings import ServingSettings
 from serving.transport import Connection, from_below
 
@@ -24,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 _HELLO_BYTES = 4096  # nobody makes the controller buffer more before showing the join token
 _PROBE_LOOKS = 3  # an agent's kernel gets something to acknowledge at every third look at its lease
-_RECENT_BEATS = 2.5  # a heartbeat older than this many of their intervals says nothing of now
 
 
 class Listener(Protocol):
@@ -52,52 +47,12 @@ class Listener(Protocol):
         """A worker sent something that is not membership's business."""
 
 
-@dataclass(slots=True, eq=False)
-class Member:
-    """A connected agent or worker; `pulse` is its last heartbeat, `pulse_at` the loop time of it."""
-
-    connection: Connection[m.Upward]
-    pid: int
-    kv_address: str = ""
-    lease: Lease = field(default_factory=Lease)
-    pulse: m.Heartbeat | None = None
-    pulse_at: float = 0.0
-    verdict: str = ""  # why its connection was cut from here
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # its loss has been dealt with
-
-
-@dataclass(slots=True, eq=False)
-class InstanceState:
-    """One instance: its agent, its workers by device index, and whether it is on its way out."""
-
-    name: str
-    type: str
-    devices: int
-    agent: Member | None = None
-    workers: dict[int, Member] = field(default_factory=dict)
-    leaving_at: float | None = None
-    dismissed: bool = False
-    advised: bool = False
-    announced: bool = False
-    zone: str = ""
-
-    @property
-    def complete(self) -> bool:
-        """Whether agent and every worker are connected."""
-        return self.agent is not None and self.workers.keys() == set(range(self.devices))
-
-    @property
-    def usable(self) -> bool:
-        """Whether positions may be placed here."""
-        return self.complete and self.leaving_at is None and not self.dismissed
-
-
-class Membership:
+class Membership(Roster):
     """Accepts control connections, checks tokens, keeps leases."""
 
     def __init__(self, settings: ServingSettings, listener: Listener) -> None:
+        super().__init__(settings.timeouts)
         self._settings, self._listener = settings, listener
-        self.instances: dict[str, InstanceState] = {}
         self._server: asyncio.Server | None = None
         self._lease_tasks: list[asyncio.Task[None]] = []
         self._connections: set[Connection[m.Upward]] = set()
@@ -121,86 +76,6 @@ class Membership:
         if self._server:
             self._server.close()
         await asyncio.gather(*(connection.close() for connection in self._connections))
-
-    # -- views ------------------------------------------------------------------------------------
-
-    def usable_devices(self) -> tuple[Device, ...]:
-        """Devices that new positions may be placed on, in order."""
-        return tuple(
-            Device(name, index)
-            for name, instance in sorted(self.instances.items())
-            if instance.usable
-            for index in range(instance.devices)
-        )
-
-    def advised_devices(self) -> frozenset[Device]:
-        """Usable devices of instances that may have to go: better not counted on."""
-        return frozenset(one for one in self.usable_devices() if self.instances[one.instance].advised)
-
-    def leaving_s(self, devices: Iterable[Device]) -> float:
-        """Seconds until the first of `devices` that was given notice goes; infinite if none was."""
-        now = asyncio.get_running_loop().time()
-        present = [self.instances[name] for name in {one.instance for one in devices} & self.instances.keys()]
-        return min((one.leaving_at - now for one in present if one.leaving_at is not None), default=math.inf)
-
-    def state(self) -> ClusterState:
-        """The usable instances by type."""
-        counts: dict[str, int] = {}
-        for instance in self.instances.values():
-            if instance.usable:
-                counts[instance.type] = counts.get(instance.type, 0) + 1
-        return ClusterState.of(counts)
-
-    def connected(self, device: Device) -> bool:
-        """Whether this worker can be spoken to."""
-        instance = self.instances.get(device.instance)
-        return instance is not None and device.index in instance.workers
-
-    def connected_devices(self) -> tuple[Device, ...]:
-        """Every worker that can be spoken to, in order."""
-        return tuple(
-            Device(name, index) for name, one in sorted(self.instances.items()) for index in sorted(one.workers)
-        )
-
-    def kv_address(self, device: Device) -> str:
-        """Where a connected worker keeps copies of others' KV."""
-        return self.instances[device.instance].workers[device.index].kv_address
-
-    def zone(self, device: Device) -> str:
-        """The zone that the device's agent named; "" if it named none or is not here."""
-        instance = self.instances.get(device.instance)
-        return instance.zone if instance else ""
-
-    def send(self, device: Device, message: m.Message) -> None:
-        """Send to a worker; silently dropped if it is gone (its loss is reported on its own)."""
-        instance = self.instances.get(device.instance)
-        member = instance.workers.get(device.index) if instance else None
-        if member is not None:
-            member.connection.send(message)
-
-    def heard(self, device: Device) -> Heard | None:
-        """What a worker last said of itself, and how long ago."""
-        instance = self.instances.get(device.instance)
-        member = instance.workers.get(device.index) if instance else None
-        if member is None or member.pulse is None:
-            return None
-        timeouts = self._settings.timeouts
-        oldest = asyncio.get_running_loop().time() - _RECENT_BEATS * timeouts.heartbeat_s
-        return Heard(member.pulse, member.pulse_at >= oldest, member.lease.silent_looks * timeouts.lease_s / LOOKS)
-
-    def describe(self, now: float) -> Iterator[InstanceInfo]:
-        """Every known instance."""
-        for name, one in sorted(self.instances.items()):
-            left = None if one.leaving_at is None else max(0.0, one.leaving_at - now)
-            state = "leaving" if left is not None else "ready" if one.complete else "joining"
-            yield InstanceInfo(
-                instance=name,
-                type=one.type,
-                devices=one.devices,
-                state=state,  # type: ignore[arg-type]
-                leaving_s=left,
-                zone=one.zone,
-            )
 
     # -- changes ----------------------------------------------------------------------------------
 
@@ -307,6 +182,7 @@ class Membership:
         instance.zone = hello.zone
         reason = "its connection was dropped"
         try:
+            self._foretell(instance, hello)
             self._announce(instance)
             reason = await self._listen(member, lambda message: self._agent_said(instance, message), answer=False)
         finally:
@@ -316,13 +192,24 @@ class Membership:
             self._listener.instance_lost(instance, reason)
             self._listener.fleet_changed()
 
+    def _foretell(self, instance: InstanceState, hello: m.AgentHello) -> None:
+        """What its agent has heard of the end of an instance, before anybody counts on it."""
+        if hello.notice is not None:
+            self._leave(instance, hello.notice.deadline_s, hello.notice.source)
+        for source in hello.advice:
+            self._advise(instance, source)
+
+    def _advise(self, instance: InstanceState, source: str) -> None:
+        if not instance.advised:
+            instance.advised = True
+            self._listener.instance_advised(instance, source)
+            self._listener.fleet_changed()
+
     def _agent_said(self, instance: InstanceState, message: m.Upward) -> None:
         if isinstance(message, m.Notice):
             self._leave(instance, message.deadline_s, message.source)
-        elif isinstance(message, m.Advice) and not instance.advised:
-            instance.advised = True
-            self._listener.instance_advised(instance, message.source)
-            self._listener.fleet_changed()
+        elif isinstance(message, m.Advice):
+            self._advise(instance, message.source)
         elif isinstance(message, m.WorkerExited):
             logger.warning("worker %s/%d ended with code %d", instance.name, message.index, message.code)
         elif isinstance(message, m.WorkerStalled):

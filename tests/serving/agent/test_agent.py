@@ -22,7 +22,8 @@ from serving.settings import ServingSettings, Timeouts, dump
 from tests.serving.agent.notices.metadata import AzureMetadata, Ec2, running
 from tests.serving.controller.test_membership import Fleet, Log
 
-TIMEOUTS = Timeouts(heartbeat_s=0.1, lease_s=5.0, retry_s=0.1, join_s=20.0, controller_gone_s=2.0)
+START_S = 60.0  # a process that imports torch beside others that do
+TIMEOUTS = Timeouts(heartbeat_s=0.1, lease_s=5.0, retry_s=0.1, join_s=START_S, controller_gone_s=10.0)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ async def test_the_life_of_an_agent(tmp_path: Path, settings: ServingSettings) -
         membership(settings) as fleet,
         agent(tmp_path, settings, fleet.port, "--notices", f"file:{notice}", "--grace-s", "7") as process,
     ):
-        await fleet.until(lambda: ("joined", "a") in fleet.log.said, within_s=20.0)
+        await fleet.until(lambda: ("joined", "a") in fleet.log.said, within_s=START_S)
         instance = fleet.membership.instances["a"]
         (worker,) = psutil.Process(process.pid).children()
         assert instance.workers[0].pid == worker.pid
@@ -92,7 +93,7 @@ async def test_the_life_of_an_agent(tmp_path: Path, settings: ServingSettings) -
         worker.suspend()
         instance.agent.connection.send(m.KillWorker(0))
         await fleet.heard("worker lost", "a/0")
-        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=START_S)
         worker = psutil.Process(fleet.membership.instances["a"].workers[0].pid)
 
         notice.write_text("40.0")
@@ -111,18 +112,18 @@ async def test_the_life_of_an_agent(tmp_path: Path, settings: ServingSettings) -
 
 async def test_a_worker_that_is_stopped_is_replaced(tmp_path: Path, settings: ServingSettings) -> None:
     async with membership(settings) as fleet, agent(tmp_path, settings, fleet.port):
-        await fleet.until(lambda: ("joined", "a") in fleet.log.said, within_s=20.0)
+        await fleet.until(lambda: ("joined", "a") in fleet.log.said, within_s=START_S)
         worker = psutil.Process(fleet.membership.instances["a"].workers[0].pid)
         worker.suspend()
         await fleet.heard("worker lost", "a/0")
         assert fleet.log.reasons == ["is stopped"]
-        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=START_S)
         assert fleet.membership.instances["a"].workers[0].pid != worker.pid
 
 
 async def test_an_agent_goes_first_and_its_workers_do_not(tmp_path: Path, settings: ServingSettings) -> None:
     async with membership(settings) as fleet, agent(tmp_path, settings, fleet.port) as process:
-        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=START_S)
         own, worker = os.getpriority(os.PRIO_PROCESS, 0), fleet.membership.instances["a"].workers[0].pid
         raised = os.getpriority(os.PRIO_PROCESS, process.pid)
         assert raised == (-10 if _may_go_first() else own)
@@ -136,11 +137,11 @@ def _may_go_first() -> bool:
 
 async def test_a_notice_given_to_a_controller_outlives_it(tmp_path: Path, settings: ServingSettings) -> None:
     async with membership(settings) as fleet, agent(tmp_path, settings, fleet.port):
-        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=START_S)
         fleet.membership.notice("a", 40.0, "api")
         await fleet.membership.stop()
         async with membership(msgspec.structs.replace(settings, control_port=fleet.port)) as restarted:
-            await restarted.until(lambda: ("joined", "a") in restarted.log.said, within_s=20.0)
+            await restarted.until(lambda: ("joined", "a") in restarted.log.said, within_s=START_S)
             await restarted.heard_notice("api", 40.0)
             assert restarted.membership.usable_devices() == ()
             assert [entry[0] for entry in restarted.log.said].count("noticed") == 1
@@ -189,8 +190,8 @@ async def test_an_advice_is_repeated_and_the_instance_stays(tmp_path: Path, sett
         membership(settings) as fleet,
         agent(tmp_path, settings, fleet.port, "--notices", f"aws={ec2.url}"),
     ):
-        await fleet.until(lambda: ("advised", "a", "aws") in fleet.log.said, within_s=20.0)
-        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        await fleet.until(lambda: ("advised", "a", "aws") in fleet.log.said, within_s=START_S)
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=START_S)
         assert fleet.membership.advised_devices() == {Device("a", 0)}
         instance = fleet.membership.instances["a"]
         assert instance.agent is not None
@@ -207,7 +208,7 @@ async def test_a_dismissed_instance_lets_azure_go_ahead(tmp_path: Path, settings
         membership(settings) as fleet,
         agent(tmp_path, settings, fleet.port, "--notices", f"azure={imds.url}") as process,
     ):
-        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=20.0)
+        await fleet.until(lambda: bool(fleet.membership.usable_devices()), within_s=START_S)
         (worker,) = psutil.Process(process.pid).children()
         imds.schedule(60.0)
         await fleet.heard_notice("azure", 60.0)

@@ -10,7 +10,8 @@ import pytest
 from data.errors import InvalidInput
 from data.layout import Device
 from serving import messages as m
-from serving.controller.membership import InstanceState, Membership
+from serving.controller.membership import Membership
+from serving.controller.roster import InstanceState
 from serving.settings import ServingSettings, Timeouts
 from serving.transport import Connection, JoinRefused, join
 
@@ -342,6 +343,17 @@ async def test_an_advised_instance_stays_usable_and_is_advised_once(fleet: Fleet
     await fleet.heard("noticed", "a", 5.0, "aws")
     assert [entry[0] for entry in fleet.log.said].count("advised") == 1
     assert fleet.membership.advised_devices() == frozenset()
+
+
+async def test_an_instance_that_leaves_is_never_usable_when_its_agent_comes_back(fleet: Fleet) -> None:
+    """Its workers may be here already: the hello completes it."""
+    await fleet.worker()
+    hello = m.AgentHello("token", "a", "local-cpu", 1, 1, notice=m.Notice("a", 30.0, "aws"), advice=("gcp",))
+    await fleet.join(hello)
+    await fleet.heard("joined", "a")
+    assert fleet.membership.usable_devices() == ()
+    assert [entry[0] for entry in fleet.log.said] == ["noticed", "advised", "joined"]
+    assert [info.state for info in fleet.membership.describe(0.0)] == ["leaving"]
 
 
 async def test_a_dismissed_instance_is_told_and_one_without_an_agent_is_not_forgotten(fleet: Fleet) -> None:
