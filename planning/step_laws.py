@@ -20,15 +20,17 @@ from data.errors import InvalidInput
 
 Array = npt.NDArray[np.float64]
 
-_TERMS = 6
-_TYPICAL_S = (1e-2, 1e-3, 1e-3, 1e-3, 1e-5, 1e-6)  # of the terms: where the search for the best fit begins
-_SOFT = 0.1  # relative errors beyond this count less than squared
+_TERMS = 7
+_TYPICAL_S = (1e-2, 1e-3, 1e-3, 1e-3, 1e-5, 1e-6, 1e-3)  # of the terms: where the search for the best fit begins
+_SOFT = 0.3  # relative errors beyond this count less than squared
+_PASSES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What one step computes: sequences, tokens, calls of attention, cached tokens that single tokens read, and the
-    sum over the tokens of chunks of the cached tokens that each attends to.
+    """What one step computes: sequences, tokens, calls of attention, cached tokens that single tokens read, the sum
+    over the tokens of chunks of the cached tokens that each attends to, and chunks: with each comes what is done
+    once for a request, or for the copy of many tokens' KV.
 
     Contexts are counted as the engine computes them without paged kernels: in blocks, single tokens with tables of
     like length (up to the same power of two) in one call that pads them to its longest, every chunk in its own.
@@ -39,11 +41,13 @@ class Mix:
     calls: float
     read: float
     attended: float
+    chunks: float = 0.0
 
     @property
     def terms(self) -> Array:
         """What a law's coefficients are multiplied by."""
-        return np.array([1.0, self.sequences, self.tokens - self.sequences, self.calls, self.read, self.attended])
+        more = self.tokens - self.sequences
+        return np.array([1.0, self.sequences, more, self.calls, self.read, self.attended, self.chunks])
 
 
 def mix_of(pieces: Iterable[tuple[int, int]], block_tokens: int) -> Mix:
@@ -58,7 +62,7 @@ def mix_of(pieces: Iterable[tuple[int, int]], block_tokens: int) -> Mix:
         else:
             chunks, attended = chunks + 1, attended + count * blocks * block_tokens
     read = sum(len(alike) * max(alike) * block_tokens for alike in tables.values())
-    return Mix(sequences, tokens, chunks + len(tables), read, attended)
+    return Mix(sequences, tokens, chunks + len(tables), read, attended, chunks)
 
 
 def mean_mix(mixes: Sequence[Mix]) -> Mix:
@@ -76,14 +80,17 @@ def prompt_steps(tokens: int, step_tokens: int, block_tokens: int) -> tuple[Mix,
 class Observed:
     """`seconds` that the steps of one replica took one after the other, while `busy` stages of the fleet computed.
 
-    Every step went through all stages. With `admitted`, the way of a request to its replica and of its token to
-    the client is in the time.
+    Every step went through all stages. The way of a request to its replica and of its first token to the client is
+    in the time as often as `admitted` says. It was observed at `at_s`, when everything on these processors took
+    `drag` times as long as it does on average.
     """
 
     seconds: float
     steps: tuple[Mix, ...]
     busy: int
-    admitted: bool = False
+    admitted: float = 0.0
+    at_s: float = 0.0
+    drag: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,7 @@ class StepLaw:
     def predicted_s(self, observed: Observed, stages: int) -> float:
         """What the law says that observed steps of a replica of so many stages took."""
         steps_s = stages * sum(map(self.work_s, observed.steps)) * self.slow(observed.busy)
-        return steps_s + (self.overhead_s if observed.admitted else 0.0)
+        return observed.drag * (steps_s + observed.admitted * self.overhead_s)
 
     def slow(self, busy: int) -> float:
         """By how much everything takes longer while `busy` stages compute."""
@@ -116,23 +123,32 @@ class StepLaw:
 def fit_law(observations: Sequence[Observed], stages: int) -> StepLaw:
     """The law of replicas of `stages` stages that explains the observations best, by relative error.
 
-    Raises `InvalidInput` without any.
+    Misses are weighed by what is predicted, not by what was observed, which would favour what was observed
+    while processors were quick (quasi-likelihood with a constant coefficient of variation, by repeated least
+    squares). Raises `InvalidInput` without any observations.
     """
     if not observations:
         raise InvalidInput("a law needs observations; measure the fleet first")
     most = max(one.busy for one in observations)
     sums = np.array([stages * sum(mix.terms for mix in one.steps) for one in observations])
-    seconds = np.array([one.seconds for one in observations])
+    seconds = np.array([one.seconds / one.drag for one in observations])
     busy = np.array([one.busy - 1 for one in observations])
     admitted = np.array([one.admitted for one in observations], dtype=np.float64)
 
-    def misses(unknown: Array) -> Array:
+    def predicted(unknown: Array) -> Array:
         slowness = 1 + np.concatenate([[0.0], np.cumsum(unknown[_TERMS:-1])])
-        found: Array = ((sums @ unknown[:_TERMS]) * slowness[busy] + admitted * unknown[-1]) / seconds - 1
+        found: Array = (sums @ unknown[:_TERMS]) * slowness[busy] + admitted * unknown[-1]
         return found
 
     scale = np.array([*_TYPICAL_S, *(0.5,) * (most - 1), 5e-3])
-    fitted = least_squares(misses, scale, bounds=(0, np.inf), x_scale=scale, loss="soft_l1", f_scale=_SOFT).x
+    fitted, weight = scale, seconds
+    for _ in range(_PASSES):
+
+        def misses(unknown: Array, weight: Array = weight) -> Array:
+            return (predicted(unknown) - seconds) / weight
+
+        fitted = least_squares(misses, fitted, bounds=(0, np.inf), x_scale=scale, loss="soft_l1", f_scale=_SOFT).x
+        weight = predicted(fitted)
     slowness = 1 + np.concatenate([[0.0], np.cumsum(fitted[_TERMS:-1])])
     coefficients = tuple(float(one) for one in fitted[:_TERMS])
     return StepLaw(coefficients, tuple(float(one) for one in slowness), float(fitted[-1]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.fidelity.drag import summary as drag_summary
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.play import Played, book_of
 from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, Script
@@ -46,7 +47,9 @@ def compared(script: Script, seed: int, recorded: tuple[Played, Measured], charg
     played, own = recorded
     told = profile(own, charges, spec)
     book = book_of(script, spec)
-    served = simulate_fleet(book, told, played.workload, played.happenings, played.instances, played.layout)
+    served = simulate_fleet(
+        book, told, played.workload, played.happenings, played.instances, played.layout, drag=played.drag
+    )
     latency_s = np.array([stream.latency_s for stream in played.streams])
     first_s = np.array([stream.first_s for stream in played.streams])
     measured, predicted = _summary(served.arrival_s, latency_s, first_s), _of(served)
@@ -58,6 +61,7 @@ def compared(script: Script, seed: int, recorded: tuple[Played, Measured], charg
         "requests": len(latency_s),
         "foreign_cores": played.foreign_cores,
         "probe_ms": played.probe_ms,
+        "drag": drag_summary(played.drag),
         "measured": measured,
         "simulated": predicted,
         "errors": errors,

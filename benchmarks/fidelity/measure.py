@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from benchmarks.fidelity.clients import Clients, Stream, tokens_per_s
+from benchmarks.fidelity.drag import Drag
 from benchmarks.fidelity.scripts import INSTANCES, MAX_BATCH, Script
 from benchmarks.fidelity.steps import StepSurvey
 from perennial.fleet import Fleet
@@ -46,6 +47,10 @@ class Measured:
         """Take in what another fleet's changes took: too few happen to one fleet."""
         for what, values in other.changes.items():
             self.changes.setdefault(what, []).extend(values)
+
+    def felt(self, drag: Drag) -> Measured:
+        """The same, with how slow the processors were at each observation of steps."""
+        return Measured([(degrees, drag.felt(one)) for degrees, one in self.steps], self.changes)
 
     def laws(self) -> dict[Degrees, StepLaw]:
         """The laws that explain the steps."""
@@ -83,7 +88,7 @@ class Survey:
 
     def __init__(self, fleet: Fleet, clients: Clients, script: Script, engine: EngineSettings, found: Measured) -> None:
         self._fleet, self._clients, self._script, self._found = fleet, clients, script, found
-        self._survey = StepSurvey(clients, engine.step_tokens, engine.block_tokens)
+        self._survey = StepSurvey(clients, engine.step_tokens, engine.block_tokens, script.prompts, script.outputs)
         self._offset_s = time.time() - time.monotonic()
 
     async def walk(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.fidelity.clients import Clients, Stream
+from benchmarks.fidelity.drag import Drag
 from benchmarks.fidelity.measure import Measured, Survey, working
 from benchmarks.fidelity.scripts import ENGINE, INSTANCES, MAX_BATCH, Script
 from benchmarks.fidelity.watch import Watch
@@ -31,7 +32,8 @@ class Played:
     """A run: its requests as they were sent, what came back, what happened to the fleet, and what it began with.
 
     `foreign_cores` are processors that other programs used, and `probe_ms` what a fixed piece of work took, while
-    the fleet was measured, while it ran, and while it was measured again.
+    the fleet was measured, while it ran, and while it was measured again. `drag` is how slow the processors were from
+    second to second of the run, beside all three.
     """
 
     workload: Workload
@@ -43,6 +45,7 @@ class Played:
     began_unix_s: float
     foreign_cores: list[float] = field(default_factory=list)
     probe_ms: list[float] = field(default_factory=list)
+    drag: list[tuple[float, float]] = field(default_factory=list)
 
 
 async def play(script: Script, seed: int, checkpoint: str, home: Path, start: Start) -> tuple[Played, Measured]:
@@ -67,7 +70,9 @@ async def play(script: Script, seed: int, checkpoint: str, home: Path, start: St
     spans = (begun_s, surveyed_s), (surveyed_s, played_s), (played_s, time.monotonic())
     played.foreign_cores.extend(round(watch.mean_cores(*span), 3) for span in spans)
     played.probe_ms.extend(round(watch.middle_probe_ms(*span), 4) for span in spans)
-    return played, found
+    drag = Drag.of(watch.probes)
+    played.drag.extend(drag.course(surveyed_s, played_s))
+    return played, found.felt(drag)
 
 
 def book_of(script: Script, spec: ModelSpec) -> PlanBook:

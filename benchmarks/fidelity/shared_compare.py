@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.fidelity.drag import summary as drag_summary
 from benchmarks.fidelity.shared_play import SharedPlayed
 from benchmarks.fidelity.shared_profile import by_model, profile_of
 from benchmarks.fidelity.shared_scripts import SharedScript
@@ -25,7 +26,7 @@ ATTAINMENT_BAR = 0.03
 def compared(script: SharedScript, seed: int, played: SharedPlayed, specs: Mapping[str, ModelSpec]) -> Result:
     """One run beside its simulation."""
     told = profile_of(script, played.steps, played.speeds, specs)
-    done_s = simulate_shared(script.deployment.groups, told, played.asks)
+    done_s = simulate_shared(script.deployment.groups, told, played.asks, drag=played.drag)
     measured = _attainment(played.asks, np.array([stream.whole for stream in played.streams]))
     simulated = _attainment(played.asks, np.isfinite(done_s))
     error = simulated["all"] - measured["all"]
@@ -38,6 +39,7 @@ def compared(script: SharedScript, seed: int, played: SharedPlayed, specs: Mappi
         "seconds": round(played.asks[-1].arrival_s, 1),
         "foreign_cores": played.foreign_cores,
         "probe_ms": played.probe_ms,
+        "drag": drag_summary(played.drag),
         "speeds": [asdict(one) for one in played.speeds],
         "laws": {
             model: quality(told.laws[script.shapes[model]], script.shapes[model][1], observed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.fidelity.clients import Clients, Stream
+from benchmarks.fidelity.drag import Drag
 from benchmarks.fidelity.scripts import ENGINE
 from benchmarks.fidelity.shared_profile import laws_of, paces_told, speeds_of
 from benchmarks.fidelity.shared_scripts import MAX_BATCH, SharedScript
@@ -31,7 +32,7 @@ _FINISH_S = 180.0
 class SharedPlayed:
     """A run: requests as they were sent, what came back, the steps by model, and the paces that admission had.
 
-    `foreign_cores` and `probe_ms` are as for a run of one model.
+    `foreign_cores`, `probe_ms` and `drag` are as for a run of one model.
     """
 
     asks: list[Ask]
@@ -40,6 +41,7 @@ class SharedPlayed:
     speeds: list[Speed]
     foreign_cores: list[float] = field(default_factory=list)
     probe_ms: list[float] = field(default_factory=list)
+    drag: list[tuple[float, float]] = field(default_factory=list)
 
 
 class _Stage:
@@ -51,7 +53,7 @@ class _Stage:
         self._script, self._seed, self._home, self._start = script, seed, home, start
         self._checkpoints = {model: checkpoints[model] for model in script.shapes}
         self._vocab = min(read_spec(path).vocab for path in self._checkpoints.values())
-        self.steps: list[tuple[str, Observed]] = []
+        self._steps: list[tuple[str, Observed]] = []
 
     async def fleet(self, stack: AsyncExitStack, speeds: Sequence[Speed] = ()) -> tuple[Clients, Clients]:
         """A fleet that serves; clients that are patient, and those that take no for an answer."""
@@ -74,10 +76,15 @@ class _Stage:
 
     async def survey(self, clients: Clients) -> None:
         """The steps of every model, one after the other."""
-        survey = StepSurvey(clients, ENGINE.step_tokens, ENGINE.block_tokens)
-        for model, (_, stages, _) in self._script.shapes.items():
+        for demand in self._script.demands:
+            model, (_, stages, _) = demand.model, self._script.shapes[demand.model]
+            survey = StepSurvey(clients, ENGINE.step_tokens, ENGINE.block_tokens, demand.prompts, demand.outputs)
             found = await survey.measure(self._script.hosting(model), stages, MAX_BATCH, model=model)
-            self.steps += [(model, one) for one in found]
+            self._steps += [(model, one) for one in found]
+
+    def felt(self, drag: Drag) -> list[tuple[str, Observed]]:
+        """What was measured, with how slow the processors were at each time."""
+        return [(model, drag.felt(one)) for model, one in self._steps]
 
 
 async def play_shared(
@@ -88,7 +95,7 @@ async def play_shared(
     watching = asyncio.create_task(watch.watch())
     async with AsyncExitStack() as stack:
         await stage.survey((await stage.fleet(stack))[0])
-    speeds = speeds_of(script, laws_of(script, stage.steps))
+    speeds = speeds_of(script, laws_of(script, stage.felt(Drag.of(watch.probes))))
     async with AsyncExitStack() as stack:
         patient, hasty = await stage.fleet(stack, speeds)
         surveyed_s = time.monotonic()
@@ -96,14 +103,16 @@ async def play_shared(
         played_s = time.monotonic()
         await stage.survey(patient)
     watching.cancel()
+    drag = Drag.of(watch.probes)
     spans = (begun_s, surveyed_s), (surveyed_s, played_s), (played_s, time.monotonic())
     return SharedPlayed(
         asks,
         streams,
-        stage.steps,
+        stage.felt(drag),
         speeds,
         [round(watch.mean_cores(*span), 3) for span in spans],
         [round(watch.middle_probe_ms(*span), 4) for span in spans],
+        drag.course(surveyed_s, played_s),
     )
 
 

@@ -1,44 +1,52 @@
-"""What steps take: requests that are sent at once, alone and in batches, equal and of different lengths."""
+"""What steps take: requests that come one after the other as they will come later, and requests sent at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
-from benchmarks.fidelity.clients import WARM_TOKENS, Clients, steady_s
+from benchmarks.fidelity.clients import WARM_TOKENS, Clients, Stream, steady_s
 from planning.step_laws import Mix, Observed, StepLaw, mean_mix, mix_of, prompt_steps
+
+Range = tuple[int, int]
 
 _LONE_PROMPTS = (8, 64, 200)
 _SHORT, _LONG = 16, 300
 _OUTPUT, _FEW_OUTPUTS, _OPENING = 32, 16, 3
-# Prompts of requests that decode together on one replica: attention computes those of like lengths at once, so
-# what batches of equal requests take says too little.
-_MIXED = ((12, 90), (20, 50, 100), (8, 30, 60, 110), (8, 16, 24, 40, 56, 72, 96, 120))
+_FLOW_S, _FLOW_WARM_S = 3.0, 0.5
+_DEEP = (2, 4, 6)  # requests for every stage that flow through the fleet, beside as many as there are stages
+_DRAWS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class StepSurvey:
-    """Measures the steps of a model that has `replicas` replicas of `stages` stages, through the public API alone."""
+    """Measures the steps of a model that has `replicas` replicas of `stages` stages, through the public API alone.
+
+    `prompts` and `outputs` are the token numbers of the requests that will come.
+    """
 
     clients: Clients
     step_tokens: int
     block_tokens: int
+    prompts: Range
+    outputs: Range
 
     async def measure(self, replicas: int, stages: int, max_batch: int, *, model: str = "") -> list[Observed]:
         """Nothing else may run meanwhile."""
         await self.clients.together([_SHORT] * replicas, _FEW_OUTPUTS, model=model)  # the first ones warm it up
-        found = []
-        for prompt in _LONE_PROMPTS:
-            found += await self._prompts(1, prompt, model)
-        found += await self._prompts(replicas, _LONE_PROMPTS[-1], model)
-        each = [(_SHORT,) * count for count in (2, 4, max_batch)] + [one for one in _MIXED if len(one) <= max_batch]
-        for prompts in each:
-            found.append(await self._decoding(prompts, replicas, stages, _OUTPUT, model))
-        for count in range(1, replicas * stages + 1):
-            found.append(await self._single(count, model))
-        found.append(await self._decoding((_LONG,), replicas, stages, _FEW_OUTPUTS, model))
-        return found
+        lines = replicas * stages
+        flows = [*range(1, lines + 1), *(lines * deep for deep in _DEEP if deep * stages <= max_batch)]
+        return [
+            *[one for prompt in _LONE_PROMPTS for one in await _timed(self._prompts(1, prompt, model))],
+            *await _timed(self._prompts(replicas, _LONE_PROMPTS[-1], model)),
+            *[one for count in flows for one in await _timed(self._flow(count, lines, model))],
+            *await _timed(self._decoding((_SHORT,) * max_batch, replicas, stages, _OUTPUT, model)),
+            *await _timed(self._decoding((_LONG,), replicas, stages, _FEW_OUTPUTS, model)),
+        ]
 
     async def _prompts(self, count: int, tokens: int, model: str) -> list[Observed]:
         """The time to the third token of `count` prompts, one on every replica.
@@ -48,20 +56,57 @@ class StepSurvey:
         streams = await self.clients.together([tokens] * count, _OPENING, model=model)
         singles = [mix_of([(tokens + made, 1)], self.block_tokens) for made in range(_OPENING - 1)]
         steps = (*prompt_steps(tokens, self.step_tokens, self.block_tokens), *singles)
-        return [Observed(stream.latency_s, steps, count, admitted=True) for stream in streams]
+        return [Observed(stream.latency_s, steps, count, admitted=1.0) for stream in streams]
 
-    async def _single(self, count: int, model: str) -> Observed:
-        """No more requests than there are stages: each is a step of its own and keeps one stage busy."""
-        streams = await self.clients.together([_SHORT] * count, _OUTPUT, model=model)
-        return Observed(steady_s(streams), (decoding([_SHORT], _OUTPUT, self.block_tokens),), count)
+    async def _flow(self, count: int, lines: int, model: str) -> list[Observed]:
+        """The time for a token when `count` clients send one request after the other, of all lengths.
 
-    async def _decoding(self, prompts: Sequence[int], replicas: int, stages: int, output: int, model: str) -> Observed:
+        Requests then come and go beside others, which slows these down more than sequences that only decode; and
+        a mean over hundreds of steps is worth more than one over thirty.
+        """
+        source, streams, begun_s = random.Random(count), list[Stream](), time.monotonic()
+
+        async def client() -> None:
+            while time.monotonic() < begun_s + _FLOW_S:
+                prompt, output = source.randint(*self.prompts), source.randint(*self.outputs)
+                await self.clients.send(prompt, output, streams, model=model)
+
+        await asyncio.gather(*(client() for _ in range(count)))
+        amid = [
+            one for one in streams if one.sent_s > begun_s + _FLOW_WARM_S and one.times_s[-1] < begun_s + _FLOW_S
+        ] or streams
+        tokens = sum(len(one.times_s) for one in amid)
+        mix = typical(amid, -(-count // lines), self.block_tokens, source)
+        seconds = sum(one.latency_s for one in amid) / tokens
+        return [Observed(seconds, (mix,), min(count, lines), admitted=len(amid) / tokens)]
+
+    async def _decoding(
+        self, prompts: Sequence[int], replicas: int, stages: int, output: int, model: str
+    ) -> list[Observed]:
         """The time between tokens of requests with these prompts on every replica."""
         # equal ones next to each other: dispatch deals them out, one to each replica
         streams = await self.clients.together([one for one in prompts for _ in range(replicas)], output, model=model)
         chunks = shares(prompts, stages)
         mixes = [decoding(chunk, output, self.block_tokens) for chunk in chunks]
-        return Observed(steady_s(streams), (mean_mix(mixes),), replicas * len(chunks))
+        return [Observed(steady_s(streams), (mean_mix(mixes),), replicas * len(chunks))]
+
+
+def typical(streams: Sequence[Stream], sequences: int, block_tokens: int, source: random.Random) -> Mix:
+    """The mean step of so many sequences, each somewhere in one of the streams."""
+    places = [place for stream in streams for place in _places(stream)]
+    return mean_mix([mix_of(source.choices(places, k=sequences), block_tokens) for _ in range(_DRAWS)])
+
+
+def _places(stream: Stream) -> list[tuple[int, int]]:
+    """What a request brings to each of its steps: tokens that are cached, and tokens to compute."""
+    return [(0, stream.prompt_tokens), *((stream.prompt_tokens + made, 1) for made in range(len(stream.times_s) - 1))]
+
+
+async def _timed(observing: Awaitable[list[Observed]]) -> list[Observed]:
+    """With the moment in the middle."""
+    begun_s = time.monotonic()
+    found = await observing
+    return [replace(one, at_s=(begun_s + time.monotonic()) / 2) for one in found]
 
 
 def quality(law: StepLaw, stages: int, observed: Sequence[Observed]) -> dict[str, float]:

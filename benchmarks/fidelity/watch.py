@@ -5,55 +5,71 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
 
-_ROUNDS = 40  # of the probe: about 2 ms
+_PERIOD_S, _PROBES = 1.0, 8  # probes of every processor in a period
+_WARM_ROUNDS, _ROUNDS = 50, 100  # of a probe: about 1.5 ms
+_MOST = 4  # processors that are probed: neighbours fare alike
 
 
 @dataclass(slots=True)
 class Watch:
-    """Samples up to `times_s[i]`: processors in use by others than this process and its descendants, among those that
-    it may use, and the processor time that a fixed piece of work took.
+    """Samples until cancelled, on the clock of `time.monotonic`.
+
+    `cores` are (time, processors in use by others than this process and its descendants, among those that it may
+    use, since the sample before), `probes` are (time, milliseconds of processor that a fixed piece of work took).
     """
 
-    times_s: list[float] = field(default_factory=list)
-    cores: list[float] = field(default_factory=list)
-    probe_ms: list[float] = field(default_factory=list)
+    cores: list[tuple[float, float]] = field(default_factory=list)
+    probes: list[tuple[float, float]] = field(default_factory=list)
 
-    async def watch(self, period_s: float = 1.0) -> None:
+    async def watch(self) -> None:
         """Sample until cancelled."""
+        processors, loop = sorted(os.sched_getaffinity(0))[:_MOST], asyncio.get_running_loop()
         before, own, then_s = _busy_s(), _own_s(), time.monotonic()
-        while True:
-            await asyncio.sleep(period_s)
-            probe_s = await asyncio.to_thread(_probe_s)
-            busy, now, now_s = _busy_s(), _own_s(), time.monotonic()
-            ours = sum(spent - own.get(pid, 0.0) for pid, spent in now.items())
-            self.times_s.append(now_s)
-            self.cores.append(max(0.0, busy - before - ours) / (now_s - then_s))
-            self.probe_ms.append(1e3 * probe_s)
-            before, own, then_s = busy, now, now_s
+        with ThreadPoolExecutor(1, "probe") as prober:
+            while True:
+                for _ in range(_PROBES):
+                    await asyncio.sleep(_PERIOD_S / _PROBES)
+                    for processor in processors:
+                        took_s = await loop.run_in_executor(prober, _probe_s, processor)
+                        self.probes.append((time.monotonic(), 1e3 * took_s))
+                busy, now, now_s = _busy_s(), _own_s(), time.monotonic()
+                ours = sum(spent - own.get(pid, 0.0) for pid, spent in now.items())
+                self.cores.append((now_s, max(0.0, busy - before - ours) / (now_s - then_s)))
+                before, own, then_s = busy, now, now_s
 
     def mean_cores(self, begin_s: float, end_s: float) -> float:
         """Processors of others, mean over an interval; 0 if nothing was sampled in it."""
-        return float(np.mean(self._inside(self.cores, begin_s, end_s) or [0.0]))
+        return float(np.mean(_inside(self.cores, begin_s, end_s) or [0.0]))
 
     def middle_probe_ms(self, begin_s: float, end_s: float) -> float:
         """Median time of the probe over an interval; 0 if nothing was sampled in it."""
-        return float(np.median(self._inside(self.probe_ms, begin_s, end_s) or [0.0]))
-
-    def _inside(self, values: list[float], begin_s: float, end_s: float) -> list[float]:
-        return [value for at_s, value in zip(self.times_s, values, strict=True) if begin_s < at_s <= end_s]
+        return float(np.median(_inside(self.probes, begin_s, end_s) or [0.0]))
 
 
-def _probe_s() -> float:
-    """Processor time of some products of the size that a step has."""
-    rows, weights = np.full((8, 256), 0.5), np.full((256, 256), 1e-3)
-    begun_s = time.thread_time()
-    for _ in range(_ROUNDS):
-        rows = rows @ weights
+def _inside(samples: list[tuple[float, float]], begin_s: float, end_s: float) -> list[float]:
+    return [value for at_s, value in samples if begin_s < at_s <= end_s]
+
+
+def _probe_s(processor: int) -> float:
+    """Processor time of many small products: like a step, more of the interpreter than of arithmetic.
+
+    For a thread of its own, which stays on that processor. The first rounds do not count: after a pause caches are
+    cold, and the processor that a worker keeps busy has no pause.
+    """
+    os.sched_setaffinity(0, {processor})
+    row, weights = np.full((4, 64), 0.5), np.full((64, 64), 1e-3)
+    begun_s = 0.0
+    for number in range(_WARM_ROUNDS + _ROUNDS):
+        if number == _WARM_ROUNDS:
+            begun_s = time.thread_time()
+        row = row @ weights
+        row = row + row.mean()
     return time.thread_time() - begun_s
 
 

@@ -50,17 +50,20 @@ def simulate_fleet(
     instances: Sequence[str],
     layout: Sequence[Sequence[Device]] = (),
     *,
+    drag: Sequence[tuple[float, float]] = (),
     until_s: float = inf,
 ) -> Served:
     """Serve `workload` by `book` on `instances`, to which `happenings` happen.
 
     `layout` are the devices of the replicas in force at the beginning, by default those that the book asks for.
+    `drag` are times and by how much all steps take longer from then on than the profile says.
     Requests that are unfinished at `until_s`, or when nothing can happen any more, are never done.
     """
     jobs = [Job(key, one.input_tokens, one.output_tokens) for key, one in enumerate(workload.requests)]
     agenda, machine, queue = Agenda(), Machine[Line](), Queue()
     controller = Controller(Members(book, list(instances)), profile, agenda, machine, queue)
     controller.begin_with(layout)
+    machine.follow(drag, agenda)
     for job, request in zip(jobs, workload.requests, strict=True):
         agenda.after(request.arrival_s + profile.overhead_s, lambda job=job: queue.jobs.append(job))  # type: ignore[misc]
     for one in happenings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -67,11 +68,17 @@ class Machine(Generic[_Lines]):
 
     lines: dict[int, _Lines] = field(default_factory=dict)
     slowdowns: list[float] = field(default_factory=list)
+    drag: float = 1.0
 
     @property
     def slowdown(self) -> float:
-        """By how much steps take longer because of what goes on beside them: the worst counts."""
-        return max(self.slowdowns, default=1.0)
+        """By how much steps take longer: the worst of what goes on beside them counts, and how quick processors are."""
+        return max(self.slowdowns, default=1.0) * self.drag
+
+    def follow(self, course: Sequence[tuple[float, float]], agenda: Agenda) -> None:
+        """The drag of the processors from each time on, which somebody measured."""
+        for time_s, factor in course:
+            agenda.after(time_s, partial(setattr, self, "drag", factor))
 
     def next_s(self) -> float:
         """Seconds until a stage is done."""

@@ -156,12 +156,20 @@ class Desk:
         return [group for group in self.groups if model in group.hosts]
 
 
-def simulate_shared(groups: Sequence[SharedGroup], profile: SharedProfile, asks: Sequence[Ask]) -> Array:
+def simulate_shared(
+    groups: Sequence[SharedGroup],
+    profile: SharedProfile,
+    asks: Sequence[Ask],
+    *,
+    drag: Sequence[tuple[float, float]] = (),
+) -> Array:
     """When each request was answered in full, in their order; infinite for those that were refused or late.
 
     `asks` are in order of arrival; what a request spends outside of steps is spent before it is taken in.
+    `drag` are times and by how much all steps take longer from then on than the profile says.
     """
     agenda, machine = Agenda(), Machine[Group]()
+    machine.follow(drag, agenda)
     for number, group in enumerate(groups):
         machine.lines[number] = _group(number, group, profile, agenda)
     desk = Desk(list(machine.lines.values()), agenda)

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from benchmarks.fidelity.scripts import ENGINE, INSTANCES, SCRIPTS, Deed, Script
 from benchmarks.fidelity.shared_play import SharedPlayed
 from benchmarks.fidelity.shared_profile import laws_of, paces_told, profile_of, speeds_of
 from benchmarks.fidelity.shared_scripts import SHARED_SCRIPTS, SharedScript
-from benchmarks.fidelity.steps import decoding, quality, shares
+from benchmarks.fidelity.steps import decoding, quality, shares, typical
 from benchmarks.fidelity.watch import Watch
 from data.errors import CorruptData, InvalidInput
 from data.layout import Device
@@ -43,7 +44,7 @@ from planning.step_laws import Mix, Observed, StepLaw, mix_of, prompt_steps
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.weights import read_spec
 
-LAW = StepLaw((0.02, 0.001, 0.0015, 0.001, 1e-5, 0.0), (1.0, 1.4), 0.005)
+LAW = StepLaw((0.02, 0.001, 0.0015, 0.001, 1e-5, 0.0, 0.002), (1.0, 1.4), 0.005)
 BLOCK = ENGINE.block_tokens
 MACHINE = {"cpu": "any", "cores": 6}
 SHORT = Script(
@@ -95,6 +96,15 @@ def test_the_requests_of_a_replica_are_spread_over_its_steps_under_way() -> None
     assert decoding((16, 16), 5, BLOCK) == mix_of([(18, 1), (18, 1)], BLOCK)
 
 
+def test_a_typical_step_holds_requests_at_all_their_ages() -> None:
+    streams = [Stream(20, 0.0, [1.0] * 5)]
+    assert typical(streams, 3, BLOCK, Random(0)) == typical(streams, 3, BLOCK, Random(0))
+    one = typical(streams * 2, 1, BLOCK, Random(0))
+    assert one.sequences == one.calls == 1
+    assert one.chunks == pytest.approx(1 / 5, abs=0.08)  # a fifth of its steps computes the prompt
+    assert one.tokens == pytest.approx(1 + 19 * one.chunks)
+
+
 def _decode(count: int, *contexts: int) -> Mix:
     return mix_of([(context, 1) for context in contexts] * count, BLOCK)
 
@@ -106,7 +116,7 @@ def _steps(law: StepLaw) -> list[Observed]:
     return [
         *(Observed(law.work_s(_decode(1, 40)) * law.slow(busy), (_decode(1, 40),), busy) for busy in (1, 2)),
         *(Observed(law.work_s(mix) * law.slow(2), (mix,), 2) for mix in (*equal, *mixed, _decode(1, 300))),
-        *(Observed(sum(map(law.work_s, one)) + law.overhead_s, one, 1, admitted=True) for one in prompts),
+        *(Observed(sum(map(law.work_s, one)) + law.overhead_s, one, 1, admitted=1.0) for one in prompts),
     ]
 
 
@@ -257,11 +267,12 @@ async def test_what_cannot_be_played_is_said_and_nothing_is_recorded(tmp_path: P
 
 async def test_the_watch_samples_others_and_the_probe() -> None:
     watch, begun_s = Watch(), time.monotonic()
-    watching = asyncio.create_task(watch.watch(0.05))
+    watching = asyncio.create_task(watch.watch())
     async with asyncio.timeout(10):
-        while len(watch.probe_ms) < 2:  # noqa: ASYNC110 - a sampler has no event
+        while not watch.cores:  # noqa: ASYNC110 - a sampler has no event
             await asyncio.sleep(0.05)
     watching.cancel()
+    assert len(watch.probes) >= 4
     assert watch.middle_probe_ms(begun_s, time.monotonic()) > 0
     assert watch.mean_cores(begun_s, time.monotonic()) >= 0
     assert watch.middle_probe_ms(0.0, 0.0) == watch.mean_cores(0.0, 0.0) == 0.0

@@ -118,6 +118,7 @@ def test_calls_of_attention_are_the_engines(pieces: list[tuple[int, int]]) -> No
     groups = StepTensors.of(plan, block_tokens=_BLOCK, window=None, device=torch.device("cpu")).groups
     found = mix_of(pieces, _BLOCK)
     assert found.calls == len(groups)
+    assert found.chunks == sum(count > 1 for _, count in pieces)
     cells = sum(group.blocks.shape[0] * group.tokens * group.blocks.shape[1] * _BLOCK for group in groups)
     assert found.read + found.attended == cells
 
@@ -125,7 +126,7 @@ def test_calls_of_attention_are_the_engines(pieces: list[tuple[int, int]]) -> No
 def test_what_a_step_costs_by() -> None:
     first, second = Job(0, 10, 5), Job(1, 30, 5)
     parts = [Part(first, 9, 1, draws=True), Part(second, 0, 20, draws=False)]
-    assert mix(parts, _BLOCK) == Mix(2, 21, 2, 12, 20 * 20)
+    assert mix(parts, _BLOCK) == Mix(2, 21, 2, 12, 20 * 20, 1)
 
 
 def test_blocks_are_rounded_up() -> None:

@@ -23,7 +23,7 @@ from tests.planning.fleets import SPEC
 
 BASE_S, TOKEN_S, OVERHEAD_S = 0.1, 0.01, 0.02
 DECODE_S = BASE_S + TOKEN_S
-LAW = StepLaw((BASE_S, TOKEN_S, TOKEN_S, 0.0, 0.0, 0.0), (1.0,) * 8, OVERHEAD_S)
+LAW = StepLaw((BASE_S, TOKEN_S, TOKEN_S, 0.0, 0.0, 0.0, 0.0), (1.0,) * 8, OVERHEAD_S)
 CHARGES = Charges(
     prepare=Duration(0.5, 0.25),
     transfer=Duration(0.2, 0.1),
@@ -59,6 +59,14 @@ def test_one_request_on_one_replica() -> None:
     served = simulate_fleet(_book({1: (1, 1, 1)}), PROFILE, _workload((1.0, 8, 10)), [], ["i0"])
     assert served.latency_s == pytest.approx([_alone_s(8, 10)])
     assert served.first_s == pytest.approx([1.0 + OVERHEAD_S + BASE_S + 8 * TOKEN_S])
+
+
+def test_steps_take_as_long_as_the_processors_of_the_moment() -> None:
+    """Half of the first of ten steps, and everything after it, at half the speed."""
+    work = _workload((0.0, 1, 10))
+    at_s = OVERHEAD_S + DECODE_S / 2
+    served = simulate_fleet(_book({1: (1, 1, 1)}), PROFILE, work, [], ["i0"], drag=[(0.0, 1.0), (at_s, 2.0)])
+    assert served.latency_s == pytest.approx([at_s + 2 * 9.5 * DECODE_S])
 
 
 def test_requests_go_to_the_replica_with_the_least_work_left() -> None:
@@ -183,8 +191,7 @@ def test_every_request_is_served_whole_whatever_happens(seed: int, story: list[H
 @settings(deadline=None, max_examples=20)
 def test_what_takes_longer_makes_requests_later(seed: int) -> None:
     work, served = _serve(seed, [])
-    slow = replace(
-        PROFILE, laws=dict.fromkeys(DEGREES, StepLaw((2 * BASE_S, 2 * TOKEN_S, 2 * TOKEN_S, 0.0, 0.0, 0.0), (1.0,) * 8))
-    )
+    law = replace(LAW, coefficients=tuple(2 * one for one in LAW.coefficients), overhead_s=0.0)
+    slow = replace(PROFILE, laws=dict.fromkeys(DEGREES, law))
     later = simulate_fleet(_book(LADDER), slow, work, [], NAMES)
     assert later.latency_s.mean() > served.latency_s.mean()

@@ -11,7 +11,7 @@ from planning.simulation.machine import Machine
 from planning.step_laws import StepLaw
 
 STEP_S, TOKEN_S = 0.1, 0.01
-LAW = StepLaw((STEP_S, TOKEN_S, TOKEN_S, 0.0, 0.0, 0.0), (1.0, 1.5, 2.0))
+LAW = StepLaw((STEP_S, TOKEN_S, TOKEN_S, 0.0, 0.0, 0.0, 0.0), (1.0, 1.5, 2.0))
 DECODE_S = STEP_S + TOKEN_S
 
 

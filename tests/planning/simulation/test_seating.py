@@ -11,7 +11,7 @@ from planning.step_laws import StepLaw
 
 def _line(number: int, blocks: int = 50) -> Line:
     config = ParallelConfig(1, 1, 1, 4)
-    return Line(number, config, (Device("i0", 0),), StepLaw((1.0, 0, 0, 0, 0, 0)), BatchLimits(4, 64, 16, blocks))
+    return Line(number, config, (Device("i0", 0),), StepLaw((1.0, 0, 0, 0, 0, 0, 0)), BatchLimits(4, 64, 16, blocks))
 
 
 def _jobs(count: int, cached: int = 20) -> list[Job]:

@@ -15,7 +15,7 @@ from planning.simulation.shared_fleet import Ask, SharedProfile, simulate_shared
 from planning.step_laws import StepLaw
 
 STEP_S, TOKEN_S, OVERHEAD_S = 0.1, 0.01, 0.02
-LAW = StepLaw((STEP_S, 0.0, TOKEN_S, 0.0, 0.0, 0.0), (1.0,) * 4, OVERHEAD_S)
+LAW = StepLaw((STEP_S, 0.0, TOKEN_S, 0.0, 0.0, 0.0, 0.0), (1.0,) * 4, OVERHEAD_S)
 SHAPES = [("a", 1, 1), ("b", 1, 1)]
 PACE = Pace(TOKEN_S, STEP_S, 2)
 OPEN = SharedProfile(dict.fromkeys(SHAPES, LAW), dict.fromkeys(SHAPES, 100), {}, 64, 4)
@@ -29,6 +29,12 @@ def _group(*models: str) -> SharedGroup:
 def test_a_model_alone_takes_a_step_for_every_token() -> None:
     (done_s,) = simulate_shared([_group("a")], OPEN, [Ask(1.0, "a", 1, 5)])
     assert done_s == pytest.approx(1.0 + OVERHEAD_S + 5 * STEP_S)
+
+
+def test_slow_processors_are_slow_for_all_models() -> None:
+    asks = [Ask(0.0, "a", 1, 5), Ask(0.0, "b", 1, 5)]
+    usual, slow = (simulate_shared([_group("a", "b")], OPEN, asks, drag=drag) for drag in ((), [(0.0, 1.5)]))
+    assert slow - OVERHEAD_S == pytest.approx(1.5 * (usual - OVERHEAD_S))
 
 
 def test_models_of_a_group_take_turns() -> None:
