@@ -39,6 +39,7 @@ def assign(
     old: Layout | None = None,
     resident: Mapping[Device, Sequence[Box]] | None = None,
     kv_tokens: Sequence[int] = (),
+    copies: Mapping[Device, Sequence[Position]] | None = None,
     inherits: Sequence[int] | None = None,
     kv_element_bytes: int | None = None,
     keep_intact: bool = True,
@@ -46,9 +47,10 @@ def assign(
     """Bind `new` to `devices` so that the reused bytes of weights and live KV are most.
 
     `resident` says what devices hold (default: what their position in `old` keeps), `kv_tokens`
-    how many tokens are cached in every old replica, `inherits` which new replica goes on with
-    which old one (default: chosen here). With `keep_intact`, replicas of unchanged shape whose
-    devices all remain are left alone, even where breaking one up would save another's KV.
+    how many tokens are cached in every old replica, `copies` of which old positions' KV devices keep
+    copies, `inherits` which new replica goes on with which old one (default: chosen here). With
+    `keep_intact`, replicas of unchanged shape whose devices all remain are left alone, even where
+    breaking one up would save another's KV.
     Tensor-parallel groups keep to the fewest instances (`near_matching`); among equals a device
     keeps its position. Equal inputs give equal layouts, whatever the order of `devices`. Raises
     `Infeasible` if there are too few devices.
@@ -64,7 +66,7 @@ def assign(
         inherits = _inheritance(old, new, kv_tokens, dict(kept))
     if old is not None:
         kv_bytes = 2 * spec.head_dim * (kv_element_bytes or spec.dtype_bytes)
-        values = values + kv_bytes * kv_reuse(spec, old, new, usable, kv_tokens, inherits)
+        values = values + kv_bytes * kv_reuse(spec, old, new, usable, kv_tokens, inherits, copies)
     rows = _fill(values, _preference(old, new, usable), usable, new, _fixed_rows(old, new, usable, kept))
     layout = Layout(new, tuple(usable[row] for row in rows))
     return MappedLayout(layout, tuple(inherits), kept, matched_value(values, rows))
@@ -126,22 +128,25 @@ def kv_reuse(
     devices: Sequence[Device],
     kv_tokens: Sequence[int],
     inherits: Sequence[int],
+    copies: Mapping[Device, Sequence[Position]] | None = None,
 ) -> Matrix:
-    """Live (layer, KV head, token) cells that device i already holds of position j of the new replica that goes on
-    with what it holds.
+    """Live (layer, KV head, token) cells that device i already holds, or keeps copies of, of position j of the new
+    replica that goes on with what it holds.
     """
-    held = {device: position for position, device in old.bound()}
+    held = {device: [position] for position, device in old.bound()}
+    for device, positions in (copies or {}).items():
+        held[device] = [*held.get(device, ()), *positions]
     result = np.zeros((len(devices), new.devices), dtype=np.int64)
     wanted = _cells(spec, new, list(new.positions()))
     replicas = np.array([position.replica for position in new.positions()])
-    for row, device in enumerate(devices):
-        position = held.get(device)
-        if position is None or position.replica >= len(kv_tokens) or not kv_tokens[position.replica]:
+    for row, position in ((row, one) for row, device in enumerate(devices) for one in held.get(device, ())):
+        tokens = _tokens(kv_tokens, position.replica)
+        if not tokens:
             continue
         (have,) = _cells(spec, old.config, [position])
         extent = np.minimum(have[:, 1], wanted[..., 1]) - np.maximum(have[:, 0], wanted[..., 0])
-        cells = np.maximum(extent, 0).prod(axis=-1) * kv_tokens[position.replica]
-        result[row] = np.where(replicas == inherits[position.replica], cells, 0)
+        cells = np.maximum(extent, 0).prod(axis=-1) * tokens
+        result[row] += np.where(replicas == inherits[position.replica], cells, 0)
     return result
 
 

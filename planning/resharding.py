@@ -7,13 +7,14 @@ layers × KV heads of the cache. Binding to buffers comes after planning.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
 from data.layout import Device, Layout, ParallelConfig, Position
 from data.models import ModelSpec, TensorSpec, kv_head_range, tensors, unit_range
+from planning.relays import Route, relay
 
 Distance = Callable[[Device, Device], int]
 
@@ -184,11 +185,13 @@ class WeightPlan:
     """How every device comes to hold the boxes it needs, exactly once each.
 
     `local` transfers have source = destination: bytes that are already there, though possibly in
-    another buffer. `transfers` are what must be sent or read, in (destination, source) order.
+    another buffer. `transfers` are what must be sent or read, in (destination, source) order; `relays` go on,
+    within an instance, from where these have brought them.
     """
 
     local: tuple[Transfer, ...]
     transfers: tuple[Transfer, ...]
+    relays: tuple[Transfer, ...]
     local_bytes: int
     intra_instance_bytes: int
     inter_instance_bytes: int
@@ -210,27 +213,37 @@ def weight_transfers(
     """Cover every needed box by disjoint pieces from the nearest holders, else from disk.
 
     A device's own boxes come first, then those of the nearest devices; among equally near
-    holders the one that has sent least so far, then the lowest. Needed boxes of one device must
-    be disjoint.
+    holders the one that has sent least so far, then the lowest. What several devices of an instance
+    need from outside comes once (`relays`). Needed boxes of one device must be disjoint.
     """
     cover = _Cover(held, distance)
+    routes = [
+        Route(source, destination, piece)
+        for destination in sorted(needed)
+        for box in needed[destination]
+        for source, piece in cover.pieces(destination, box)
+    ]
+    first, second = relay(routes, lambda box: box.elements)
+    return _summarise(_grouped(first), _grouped(second), element_bytes)
+
+
+def _grouped(routes: Iterable[Route[Box]]) -> list[Transfer]:
+    """In (destination, source) order; the boxes of each in the order of the routes."""
     grouped: dict[tuple[Device, Device | None], list[Box]] = defaultdict(list)
-    for destination in sorted(needed):
-        for box in needed[destination]:
-            for source, piece in cover.pieces(destination, box):
-                grouped[destination, source].append(piece)
+    for route in routes:
+        grouped[route.destination, route.source].append(route.piece)
     found = [Transfer(source, destination, tuple(boxes)) for (destination, source), boxes in grouped.items()]
-    return _summarise(found, element_bytes)
+    return sorted(found, key=lambda one: (one.destination, one.source is None, one.source))
 
 
-def _summarise(found: Sequence[Transfer], element_bytes: int) -> WeightPlan:
+def _summarise(found: Sequence[Transfer], relays: Sequence[Transfer], element_bytes: int) -> WeightPlan:
     def total(kind: int) -> int:
-        return element_bytes * sum(transfer.elements for transfer in found if _kind(transfer) == kind)
+        return element_bytes * sum(one.elements for one in (*found, *relays) if _kind(one) == kind)
 
-    ordered = sorted((t for t in found if _kind(t)), key=lambda t: (t.destination, t.source is None, t.source))
     return WeightPlan(
         local=tuple(transfer for transfer in found if not _kind(transfer)),
-        transfers=tuple(ordered),
+        transfers=tuple(transfer for transfer in found if _kind(transfer)),
+        relays=tuple(relays),
         local_bytes=total(0),
         intra_instance_bytes=total(1),
         inter_instance_bytes=total(2),

@@ -20,7 +20,7 @@ from data.models import ModelSpec
 from planning.mapping import kv_reuse, weight_reuse
 from planning.matching import Matrix, best_matching, near_matching
 from planning.resharding import Box, weight_transfers
-from planning.transition import LiveReplica, NewReplica, Transition, plan_transition, position_boxes
+from planning.transition import LiveReplica, NewReplica, Transition, copies_of, plan_transition, position_boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class _Build:
         spec = self.specs[old.model]
         hosted = next(one for one in group.hosted if one.model == old.model)
         layout, tokens = Layout(old.config, old.devices), [old.cached_tokens]
-        cells = kv_reuse(spec, layout, group.config(hosted), self.free, tokens, [0])
+        cells = kv_reuse(spec, layout, group.config(hosted), self.free, tokens, [0], copies_of([old]))
         return 2 * spec.head_dim * self.element_bytes * cells
 
 

@@ -6,6 +6,7 @@ whatever a transition does not keep it retires; groups of several models are `pl
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,8 @@ from planning.resharding import Box, WeightPlan, weight_boxes, weight_transfers
 class LiveReplica:
     """A replica whose devices all work: its devices in (stage, shard) order and its cached tokens.
 
-    Replicas on the same devices are a group. `config` describes one replica.
+    Replicas on the same devices are a group. `config` describes one replica. `keepers` are, rank by rank, the
+    devices that keep a copy of its KV (None: nobody does).
     """
 
     number: int
@@ -28,6 +30,7 @@ class LiveReplica:
     cached_tokens: int = 0
     model: str = ""
     kv_share: float = 1.0
+    keepers: tuple[Device | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ def plan_transition(
         old=old,
         resident={device: resident.get(device, ()) for device in usable},  # a restarted worker holds nothing
         kv_tokens=[replica.cached_tokens for replica in ordered],
+        copies=copies_of(ordered),
         kv_element_bytes=element_bytes,
     )
     kept = {after: before for before, after in mapped.kept if ordered[before].config.max_batch == target.max_batch}
@@ -107,6 +111,16 @@ def plan_transition(
         needed=needed,
         weights=weight_transfers(needed, resident, element_bytes=element_bytes),
     )
+
+
+def copies_of(live: Sequence[LiveReplica]) -> dict[Device, list[Position]]:
+    """Of which positions' KV devices keep copies; replicas are numbered as they are listed."""
+    found: dict[Device, list[Position]] = defaultdict(list)
+    for index, one in enumerate(live):
+        for rank, keeper in enumerate(one.keepers):
+            if keeper is not None:
+                found[keeper].append(Position(index, *divmod(rank, one.config.shards)))
+    return found
 
 
 def _as_layout(live: Sequence[LiveReplica]) -> Layout | None:

@@ -139,7 +139,7 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
     """KV of the first `tokens` tokens of sequence `key`, of absolute layers and heads, at hand on a worker.
 
     It was computed by `replica`. `kept`: it is a copy in host memory; otherwise it is in the cache of a
-    broken replica, in `blocks`.
+    broken replica, in `blocks`. A copy's `table` is a number that the worker uses for no other list of blocks.
     """
 
     replica: int
@@ -149,6 +149,7 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
     heads: tuple[int, int]
     kept: bool
     blocks: list[int]
+    table: int = 0
 
 
 class Holdings(Message):
@@ -238,10 +239,14 @@ class Alive(Message):
 
 
 class WeightPieces(msgspec.Struct, frozen=True, array_like=True):
-    """Boxes exchanged with `peer`, packed in this order; peer None is the checkpoint on disk."""
+    """Boxes exchanged with `peer`, packed in this order; peer None is the checkpoint on disk.
+
+    If they are `relayed`, they go on from where they have come to, once everything else is in place.
+    """
 
     peer: str | None
     boxes: list[Box]
+    relayed: bool = False
 
 
 class Hosted(msgspec.Struct, frozen=True, array_like=True):

@@ -24,6 +24,7 @@ from planning.step_laws import Observed
 from serving.engine.weights import read_spec
 from serving.settings import Capacity
 
+_DEEP = (1, 2)  # requests for every stage, of models that keep all groups busy together
 _PATIENCE_S = 60.0
 _FINISH_S = 180.0
 
@@ -75,12 +76,29 @@ class _Stage:
         return patient, hasty
 
     async def survey(self, clients: Clients) -> None:
-        """The steps of every model, one after the other."""
-        for demand in self._script.demands:
-            model, (_, stages, _) = demand.model, self._script.shapes[demand.model]
-            survey = StepSurvey(clients, ENGINE.step_tokens, ENGINE.block_tokens, demand.prompts, demand.outputs)
+        """The steps of every model, one after the other, and then of some that keep all groups busy together."""
+        surveys = {
+            demand.model: StepSurvey(clients, ENGINE.step_tokens, ENGINE.block_tokens, demand.prompts, demand.outputs)
+            for demand in self._script.demands
+        }
+        for model, survey in surveys.items():
+            stages = self._script.shapes[model][1]
             found = await survey.measure(self._script.hosting(model), stages, MAX_BATCH, model=model)
             self._steps += [(model, one) for one in found]
+        if len(self._script.cover) > 1:
+            for deep in _DEEP:
+                self._steps += await self._together(surveys, deep)
+
+    async def _together(self, surveys: Mapping[str, StepSurvey], deep: int) -> list[tuple[str, Observed]]:
+        """Flows of models that share no group, at once: what a model does while groups without it are at work too."""
+        script = self._script
+        lines = {model: script.hosting(model) * script.shapes[model][1] for model in script.cover}
+        flows = (
+            surveys[model].flow(own * deep, own, beside=sum(lines.values()) - own, model=model)
+            for model, own in lines.items()
+        )
+        found = await asyncio.gather(*flows)
+        return [(model, one) for model, some in zip(lines, found, strict=True) for one in some]
 
     def felt(self, drag: Drag) -> list[tuple[str, Observed]]:
         """What was measured, with how slow the processors were at each time."""

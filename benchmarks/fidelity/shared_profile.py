@@ -25,8 +25,8 @@ _PROMPT = 48
 def laws_of(script: SharedScript, steps: Sequence[tuple[str, Observed]]) -> dict[Shape, StepLaw]:
     """The law of every model.
 
-    A model that not all groups host was never seen with all of them at work: what that does to it is taken from
-    the model that was, for they share the processors.
+    A model that was never seen with all groups at work: what that does to it is taken from one that was, for they
+    share the processors.
     """
     observed = by_model(steps)
     laws = {shape: fit_law(observed[model], shape[1]) for model, shape in script.shapes.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,14 @@ class SharedScript:
     def hosting(self, model: str) -> int:
         """How many groups host a model."""
         return sum(model in group.models for group in self.groups)
+
+    @property
+    def cover(self) -> tuple[str, ...]:
+        """Models of which every group hosts exactly one, as few as can be; empty if there are none."""
+        models = list(self.shapes)
+        choices = (some for size in range(1, len(models) + 1) for some in combinations(models, size))
+        fitting = (some for some in choices if all(len({*some} & {*group.models}) == 1 for group in self.groups))
+        return next(fitting, ())
 
     def asks(self, seed: int, paces: Mapping[Shape, Pace]) -> list[Ask]:
         """The requests of a seed, on a fleet of this pace."""

@@ -43,7 +43,7 @@ class StepSurvey:
         return [
             *[one for prompt in _LONE_PROMPTS for one in await _timed(self._prompts(1, prompt, model))],
             *await _timed(self._prompts(replicas, _LONE_PROMPTS[-1], model)),
-            *[one for count in flows for one in await _timed(self._flow(count, lines, model))],
+            *[one for count in flows for one in await self.flow(count, lines, model=model)],
             *await _timed(self._decoding((_SHORT,) * max_batch, replicas, stages, _OUTPUT, model)),
             *await _timed(self._decoding((_LONG,), replicas, stages, _FEW_OUTPUTS, model)),
         ]
@@ -58,12 +58,16 @@ class StepSurvey:
         steps = (*prompt_steps(tokens, self.step_tokens, self.block_tokens), *singles)
         return [Observed(stream.latency_s, steps, count, admitted=1.0) for stream in streams]
 
-    async def _flow(self, count: int, lines: int, model: str) -> list[Observed]:
-        """The time for a token when `count` clients send one request after the other, of all lengths.
+    async def flow(self, count: int, lines: int, *, beside: int = 0, model: str = "") -> list[Observed]:
+        """The time for a token when `count` clients send one request after the other, of all lengths, to replicas
+        with `lines` stages together, while `beside` stages of others compute.
 
         Requests then come and go beside others, which slows these down more than sequences that only decode; and
         a mean over hundreds of steps is worth more than one over thirty.
         """
+        return await _timed(self._flow(count, lines, beside, model))
+
+    async def _flow(self, count: int, lines: int, beside: int, model: str) -> list[Observed]:
         source, streams, begun_s = random.Random(count), list[Stream](), time.monotonic()
 
         async def client() -> None:
@@ -78,7 +82,7 @@ class StepSurvey:
         tokens = sum(len(one.times_s) for one in amid)
         mix = typical(amid, -(-count // lines), self.block_tokens, source)
         seconds = sum(one.latency_s for one in amid) / tokens
-        return [Observed(seconds, (mix,), min(count, lines), admitted=len(amid) / tokens)]
+        return [Observed(seconds, (mix,), min(count, lines) + beside, admitted=len(amid) / tokens)]
 
     async def _decoding(
         self, prompts: Sequence[int], replicas: int, stages: int, output: int, model: str

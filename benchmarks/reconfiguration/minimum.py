@@ -65,7 +65,8 @@ class World:
 
     def _least(self, transition: Transition, live: Sequence[LiveReplica]) -> Least:
         weights = [
-            (item.source, item.destination, item.elements * self.element_bytes) for item in transition.weights.transfers
+            (item.source, item.destination, item.elements * self.element_bytes)
+            for item in (*transition.weights.transfers, *transition.weights.relays)
         ]
         kv = [
             (item.source, item.destination, self._kv_bytes(item, one.cached_tokens // len(heirs)))

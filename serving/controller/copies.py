@@ -102,6 +102,11 @@ class Copies:
         """Whether all KV of a replica is kept elsewhere, but for what the last steps added."""
         return all((replica.number, device) in self._complete for device in replica.devices)
 
+    def keepers(self, replica: Replica) -> tuple[Device | None, ...]:
+        """Who keeps the copy of every rank of a replica; None where it is not complete."""
+        ranks = ((replica.number, device) for device in replica.devices)
+        return tuple(self._holders[rank] if rank in self._complete else None for rank in ranks)
+
     @property
     def former(self) -> tuple[int, ...]:
         """Replicas that are no more, and whose copies may hold what those of later ones do not."""

@@ -303,7 +303,8 @@ class Fleet:
     async def _step(self) -> None:
         """One look at the fleet, and what follows from it."""
         target, whole = self._targets.wanted(self.book, self.target), self._targets.whole(self.book, self.target)
-        transition = self._targets.transition(target, self._resident, whole=whole) if target else None
+        keepers = self._copies.keepers
+        transition = self._targets.transition(target, self._resident, whole=whole, keepers=keepers) if target else None
         if target is not None and transition is not None:
             if not transition.empty or self._recovery.stranded:
                 await self._carry_out(transition, target)

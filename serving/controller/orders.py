@@ -52,12 +52,14 @@ def prepare_orders(
     """One `Prepare` for every member of the world."""
     sends: dict[Device, list[m.WeightPieces]] = defaultdict(list)
     receives: dict[Device, list[m.WeightPieces]] = defaultdict(list)
-    for transfer in transition.weights.transfers:
+    weights = transition.weights
+    relayed = [*((one, False) for one in weights.transfers), *((one, True) for one in weights.relays)]
+    for transfer, late in relayed:
         boxes = list(transfer.boxes)
         source = str(transfer.source) if transfer.source else None
-        receives[transfer.destination].append(m.WeightPieces(source, boxes))
+        receives[transfer.destination].append(m.WeightPieces(source, boxes, late))
         if transfer.source is not None:
-            sends[transfer.source].append(m.WeightPieces(str(transfer.destination), boxes))
+            sends[transfer.source].append(m.WeightPieces(str(transfer.destination), boxes, late))
     groups: dict[tuple[Device, ...], list[Replica]] = defaultdict(list)
     for replica in new:
         groups[replica.devices].append(replica)
@@ -95,7 +97,10 @@ def extents(spec: ModelSpec, replica: Replica) -> dict[Device, KvBox]:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """KV of a sequence on a device: of which layers and heads, how many tokens, in which replica's cache or copy."""
+    """KV of a sequence on a device: of which layers and heads, how many tokens, in which replica's cache or copy.
+
+    Copies are told apart by their `table`.
+    """
 
     device: Device
     box: KvBox
@@ -103,6 +108,7 @@ class Source:
     replica: int
     kept: bool
     blocks: tuple[int, ...]
+    table: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,8 @@ def found_sources(held: Mapping[Device, Sequence[m.Holding]]) -> dict[int, list[
     for device, holdings in held.items():
         for one in holdings:
             box = KvBox(one.layers, one.heads)
-            found[one.key].append(Source(device, box, one.tokens, one.replica, one.kept, tuple(one.blocks)))
+            blocks = tuple(one.blocks)
+            found[one.key].append(Source(device, box, one.tokens, one.replica, one.kept, blocks, one.table))
     return dict(found)
 
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from data.layout import Device
 from data.models import ModelSpec
 from planning.resharding import Box
-from planning.restoration import Rates, restorable_tokens, worth_restoring
 from planning.transition import Transition, retained
 from serving import messages as m
 from serving.controller.dispatch import Replica
+from serving.controller.drain import beside, crosses, untouched
 from serving.controller.grace import Grace
 from serving.controller.moves import Moves
 from serving.controller.orders import (
@@ -32,6 +32,7 @@ from serving.controller.orders import (
 from serving.controller.phases import Phase, TransitionFailed
 from serving.controller.records import Record
 from serving.controller.rendezvous import Rendezvous
+from serving.controller.restoring import best_sources, pays
 from serving.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ class Workers(Protocol):
 
     def connected_devices(self) -> tuple[Device, ...]:
         """All workers that can be spoken to."""
+
+    def host(self, device: Device) -> str:
+        """The host of a worker."""
 
 
 @dataclass(slots=True)
@@ -116,6 +120,7 @@ class Reconfiguration:
     activated: bool = False  # some may have taken their new roles over
     _failure: str = ""
     _phase: Phase[Any] | None = None
+    _kept_tokens: int = 0  # whose KV came from copies beside where it went
     _moving_s: dict[str, float] = field(default_factory=lambda: {"weights": 0.0, "kv": 0.0})  # the slowest worker's
     store: Rendezvous | None = None  # lives as long as the epoch's replicas: NCCL connects lazily
     _moves: Moves = field(init=False)
@@ -232,8 +237,9 @@ class Reconfiguration:
         for stranded in self.stranded:
             lost = []
             for key, record in list(stranded.records.items()):
-                sources, tokens = self._best(record, stranded.number, found.get(key, []))
-                if tokens and self._hosts(record.model) and self._worth_restoring(record, tokens):
+                spec = self.specs[record.model]
+                sources, tokens = best_sources(spec, record, stranded.number, found.get(key, []))
+                if tokens and self._hosts(record.model) and pays(spec, self.settings.replication, tokens):
                     self._moves.restore(record, sources, tokens, copied=stranded.copied)
                 else:
                     held = [(str(one.device), one.replica, one.tokens) for one in found.get(key, [])]
@@ -241,28 +247,9 @@ class Reconfiguration:
                     lost.append(stranded.records.pop(key))
             self.unrestorable(lost, stranded)
 
-    def _best(self, record: Record, last: int, found: Sequence[Source]) -> tuple[Sequence[Source], int]:
-        """What brings back the most of a request; what its former replicas left only where it adds something.
-
-        What others have under its key was on its way there and never arrived.
-        """
-        known = [source for source in found if source.replica in record.homes]
-        own = [source for source in known if source.replica == last]
-        return max(((some, self._watermark(record, some)) for some in (own, known)), key=lambda option: option[1])
-
     def _hosts(self, model: str) -> bool:
         """Whether some replica of a model will be there."""
         return any(one.model == model for one in (*self.new, *self.kept))
-
-    def _worth_restoring(self, record: Record, tokens: int) -> bool:
-        replication, spec = self.settings.replication, self.specs[record.model]
-        rates = Rates(replication.link_bytes_per_s, replication.prefill_tokens_per_s)
-        return worth_restoring(tokens * spec.kv_token_bytes, tokens, rates)
-
-    def _watermark(self, record: Record, sources: Sequence[Source]) -> int:
-        """How many tokens can be restored: never the last known one, whose logits are needed."""
-        left = restorable_tokens(self.specs[record.model], [(source.box, source.tokens) for source in sources])
-        return max(0, min(left, len(record.request.prompt) + len(record.output) - 1))
 
     # -- in the background -------------------------------------------------------------------------------
 
@@ -309,11 +296,15 @@ class Reconfiguration:
         self.tell("copying")
         clock = asyncio.get_running_loop().time
         sent = 0
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
             began = clock()
             self._moves.take_in(self.retired, await self._snapshot())
             await self._reserve()
-            sent += await self._copy(self._moves.heirs())
+            if number == 0:
+                sent += await self._copy_kept()
+            heirs = self._moves.heirs()
+            sent += await self._copy(heirs)
+            self._moves.arrived(heirs)
             if clock() - began < _SHORT_COPY_S:
                 break
         return sent
@@ -338,12 +329,34 @@ class Reconfiguration:
         answers = await self._ask("reserve", orders, self.settings.timeouts.pause_s)
         self._moves.reserve(self.joined, [seat for answer in answers.values() for seat in answer.seats])
 
+    async def _copy_kept(self) -> int:
+        """What is kept beside where it goes need not come from where it runs; returns the bytes sent for the rest."""
+        if not self.settings.replication.enabled:
+            return 0
+        heirs = self._moves.heirs()
+        if self.settings.engine.device != "cpu":  # GPUs of a host read each other's memory, which is quicker
+            heirs = [heir for heir in heirs if crosses(heir, self.workers.host)]
+        heirs = beside(heirs, await self._kept()) if heirs else []
+        if not heirs:
+            return 0
+        sent = await self._copy(heirs)
+        whole = untouched(heirs, await self._kept())
+        self._moves.arrived(whole)
+        self._kept_tokens = sum(heir.tokens for heir in whole)
+        return sent
+
+    async def _kept(self) -> dict[int, list[Source]]:
+        """Copies of retired replicas' KV on the devices that it goes to."""
+        order = m.Survey(self.epoch, [one.number for one in self.retired])
+        targets = {device for one in (*self.new, *self.joined) for device in one.devices}
+        answers = await self._ask("survey", dict.fromkeys(targets, order), self.settings.timeouts.pause_s)
+        return found_sources({device: answer.held for device, answer in answers.items()})
+
     async def _copy(self, heirs: Sequence[Heir]) -> int:
         sends, receives = self._moves.pieces(heirs)
         involved = sorted({*sends, *receives})
         orders = {one: m.Copy(self.epoch, sends.get(one, []), receives.get(one, [])) for one in involved}
         answers = await self._ask("copy", orders, self.settings.timeouts.prepare_s)
-        self._moves.arrived(heirs)
         self._clock("kv", answers)
         return sum(answer.sent_bytes for answer in answers.values())
 
@@ -396,4 +409,5 @@ class Reconfiguration:
             "weights_disk_bytes": sum(answer.disk_bytes for answer in prepared.values()),
             "kv_bytes": copied_bytes + sent_bytes,
             "kv_copied_bytes": copied_bytes,
+            "kv_kept_tokens": self._kept_tokens,
         }

@@ -108,6 +108,12 @@ class Roster:
         """Where a connected worker keeps copies of others' KV."""
         return self.instances[device.instance].workers[device.index].kv_address
 
+    def host(self, device: Device) -> str:
+        """The host that a worker's connection comes from; "" if it is not here."""
+        instance = self.instances.get(device.instance)
+        member = instance.workers.get(device.index) if instance else None
+        return member.connection.host if member is not None else ""
+
     def zone(self, device: Device) -> str:
         """The zone that the device's agent named; "" if it named none or is not here."""
         instance = self.instances.get(device.instance)

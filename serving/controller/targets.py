@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from data.deployment import Deployment, SharedGroup
@@ -28,6 +28,9 @@ _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Resident = Mapping[Device, Sequence[Box]]
 """The boxes of weights that every device holds."""
 
+Keepers = Callable[[Replica], tuple[Device | None, ...]]
+"""Who keeps the copy of the KV of every rank of a replica."""
+
 
 class Targets:
     """Looks at plan book, membership and live replicas; changes none of them."""
@@ -42,6 +45,7 @@ class Targets:
         self._specs, self._membership, self._dispatcher = specs, membership, dispatcher
         self._element_bytes = _ELEMENT_BYTES[settings.engine.dtype]
         self._residency = settings.engine.residency
+        self._gpus = settings.engine.device != "cpu"
         self._paced_book: PlanBook | SharedPlanBook | None = None
         self._paces: dict[tuple[str, ParallelConfig], Pace] = {}
 
@@ -80,10 +84,17 @@ class Targets:
             self._paces[key] = book_pace(book, *key)
         return self._paces[key]
 
-    def transition(self, target: Deployment, resident: Resident, *, whole: bool) -> Transition | None:
-        """What has to change; None if it cannot be done, which is logged."""
+    def transition(
+        self,
+        target: Deployment,
+        resident: Resident,
+        *,
+        whole: bool,
+        keepers: Keepers,
+    ) -> Transition | None:
+        """What has to change; None if it cannot be done, which is logged. `keepers` keep copies of replicas' KV."""
         usable, advised = self._membership.usable_devices(), self._membership.advised_devices()
-        live = self._live()
+        live = self._live(keepers)
         try:
             return plan_deployment(
                 self._specs,
@@ -98,11 +109,27 @@ class Targets:
             logger.warning("%s", error)
             return None
 
-    def _live(self) -> list[LiveReplica]:
+    def _live(self, keepers: Keepers = lambda replica: ()) -> list[LiveReplica]:
         return [
-            LiveReplica(one.number, one.config, one.devices, _cached_tokens(one), one.model, one.kv_share)
+            LiveReplica(
+                one.number,
+                one.config,
+                one.devices,
+                _cached_tokens(one),
+                one.model,
+                one.kv_share,
+                self._useful(one, keepers(one)),
+            )
             for one in self._dispatcher.replicas.values()
         ]
+
+    def _useful(self, replica: Replica, keepers: Sequence[Device | None]) -> tuple[Device | None, ...]:
+        """Those whose copies spare a move: GPUs of one host read each other's memory, which is quicker."""
+        host = self._membership.host
+        return tuple(
+            None if keeper is not None and self._gpus and host(keeper) == host(device) else keeper
+            for device, keeper in zip(replica.devices, keepers, strict=False)
+        )
 
     def preloads(self, target: Deployment, resident: Resident, *, whole: bool) -> dict[Device, tuple[Box, ...]]:
         """What devices without a position had better fetch: the weights of positions that are likely to go, then of

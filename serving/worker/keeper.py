@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 from collections.abc import Sequence
+from itertools import count
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _GREETING_BYTES = 4096
 _FRAME_BYTES = 256 << 20
+_NUMBERS = count(1)  # of block tables, in all logs
 _SILENCE_S = 5.0  # for a greeting; afterwards a stream may have nothing to say for long
 
 
@@ -43,6 +45,7 @@ class KvLog:
         )
         self._allocator = BlockAllocator(greeting.blocks)
         self._tables: dict[int, list[int]] = {}
+        self._numbers: dict[int, int] = {}  # of tables
         self._tokens: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -77,7 +80,9 @@ class KvLog:
             self._forget(key)
         if not 0 <= start <= self._tokens.get(key, 0) or start >= stop:
             raise TransportError(f"tokens {start} to {stop} of sequence {key} do not continue what is kept of it")
-        table = self._tables.setdefault(key, [])
+        if key not in self._tables:
+            self._tables[key], self._numbers[key] = [], next(_NUMBERS)
+        table = self._tables[key]
         missing = blocks_for(stop, self.cache.block_tokens) - len(table)
         if missing > 0:
             if not self._allocator.can_allocate(missing):
@@ -93,7 +98,16 @@ class KvLog:
         """What is kept, by sequence."""
         with self._lock:
             return [
-                Holding(self.replica, key, tokens, self.layers, self.heads, True, list(self._tables[key]))
+                Holding(
+                    self.replica,
+                    key,
+                    tokens,
+                    self.layers,
+                    self.heads,
+                    True,
+                    list(self._tables[key]),
+                    self._numbers[key],
+                )
                 for key, tokens in self._tokens.items()
             ]
 

@@ -59,6 +59,7 @@ class WeightMover:
     device: torch.device
     message_bytes: int
     _tensors: dict[str, HeldTensor] = field(default_factory=dict)
+    _sources: Mapping[str, HeldTensor] = field(default_factory=dict)
 
     def run(
         self,
@@ -69,19 +70,30 @@ class WeightMover:
         share: float = 1.0,
     ) -> WeightResult:
         """Exchange with all peers and assemble; `share` as for `Rounds`. Raises `GroupBroken` if a peer is lost."""
-        self._tensors = self._destinations(needed)
+        self._tensors, self._sources = self._destinations(needed), self.held
         local_bytes = sum(self._copy_local(self._tensors[box.tensor]) for box in needed)
         traffic = self._exchange(self._by_peer(sends), self._by_peer(receives), share)
         disk = [box for pieces in receives if pieces.peer is None for box in pieces.boxes]
         for box in disk:
             self._tensors[box.tensor].view(box).copy_(self.reader.read(box.tensor, box.start, box.stop))
         disk_bytes = sum(box.elements for box in disk) * self.dtype.itemsize
+        traffic = traffic.then(self._relay(sends, receives, share))
         return WeightResult(self._tensors, local_bytes, disk_bytes, traffic)
 
-    def _by_peer(self, pieces: Sequence[WeightPieces]) -> dict[int, list[Box]]:
+    def _relay(self, sends: Sequence[WeightPieces], receives: Sequence[WeightPieces], share: float) -> Traffic:
+        """Pass on what has come, and take what has come to a neighbour."""
+        onwards, inwards = self._by_peer(sends, relayed=True), self._by_peer(receives, relayed=True)
+        if not onwards and not inwards:
+            return Traffic()
+        self._sources = self._tensors
+        if self.device.type == "cuda":  # a peer is about to read what was copied from disk
+            torch.cuda.current_stream(self.device).synchronize()
+        return self._exchange(onwards, inwards, share)
+
+    def _by_peer(self, pieces: Sequence[WeightPieces], *, relayed: bool = False) -> dict[int, list[Box]]:
         by_peer: dict[int, list[Box]] = {}
         for one in pieces:
-            if one.peer is not None:
+            if one.peer is not None and one.relayed == relayed:
                 by_peer.setdefault(self.world.index(one.peer), []).extend(one.boxes)
         return by_peer
 
@@ -109,7 +121,7 @@ class WeightMover:
         return Traffic(traffic.sent_bytes + sent, traffic.received_bytes + received, ended - began)
 
     def _show(self, box: Box) -> Sight:
-        return self.group.show(self.held[box.tensor].view(box))
+        return self.group.show(self._sources[box.tensor].view(box))
 
     def _copies(self, boxes: Sequence[Box], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
         """A gigabyte at a time: every call has to wait for the interpreter while others decode."""
@@ -119,7 +131,7 @@ class WeightMover:
 
     def load(self, message: list[Box]) -> Tensor:
         """See `Cargo`."""
-        return torch.cat([self.held[box.tensor].view(box).reshape(-1) for box in message])
+        return torch.cat([self._sources[box.tensor].view(box).reshape(-1) for box in message])
 
     def buffer(self, message: list[Box]) -> Tensor:
         """See `Cargo`."""

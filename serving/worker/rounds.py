@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from typing import Generic, Protocol, TypeVar
 
@@ -44,6 +44,11 @@ class Traffic:
     sent_bytes: int = 0
     received_bytes: int = 0
     seconds: float = 0.0
+
+    def then(self, later: Traffic) -> Traffic:
+        """Both, one after the other."""
+        sums = (mine + other for mine, other in zip(astuple(self), astuple(later), strict=True))
+        return Traffic(*sums)
 
 
 @dataclass(slots=True)

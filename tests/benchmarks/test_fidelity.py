@@ -224,6 +224,13 @@ def test_the_shared_scripts_differ() -> None:
     assert {group.stages for script in SHARED_SCRIPTS for group in script.groups} == {1, 2}
 
 
+def test_some_models_keep_all_groups_of_a_script_busy() -> None:
+    covers = {script.name: script.cover for script in SHARED_SCRIPTS}
+    assert covers["two models, steady"] == ("chat",)
+    assert covers["three models, one overloaded"] == ("chat", "code")
+    assert covers["three models, partly shared"] == ("chat", "draft")
+
+
 def test_recorded_runs_are_compared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, shared = _own_simulation(tmp_path)[0], _shared(SHARED_SCRIPTS[0])
     path = tmp_path / "recordings.jsonl"

@@ -89,6 +89,40 @@ async def test_a_crowd_uses_the_time_of_a_notice(checkpoint: str, tmp_path: Path
     assert gone.time_s > layout.time_s
 
 
+@pytest.mark.slow
+async def test_requests_drain_to_where_their_copies_are(checkpoint: str) -> None:
+    """The spare keeps the copies, and takes the replica over: only what was not copied yet travels."""
+    requests = [arrival.request for arrival in scenario(5, SHAPE).arrivals]
+    reference = reference_streams(checkpoint, requests)
+    plan = given_plans(read_spec(checkpoint), {1: "1x1x1", 2: "1x1x1"})
+    async with fleet(checkpoint, instances=2, plan=plan) as service, service.client() as client:
+        streams = [asyncio.create_task(collect(client, request)) for request in requests]
+        await asyncio.sleep(1.0)
+        info, first = await service.wait_serving(), len(service.events)
+        await service.notice(info.positions[0].device.partition("/")[0], 20.0)
+        layout = await service.wait_event(lambda event: event.kind == "layout", since=first)
+        async with asyncio.timeout(90):
+            delivered = await asyncio.gather(*streams)
+    assert all(not compare(reference[one.request_id], got) for one, got in zip(requests, delivered, strict=True))
+    assert layout.data["mode"] == "planned"
+    assert layout.data["requests_moved"] > 0
+    moved, token_bytes = layout.data["moved"], 2 * 4 * 4 * 8 * 4  # K and V of 4 layers, 4 heads, 8 floats
+    assert moved["kv_kept_tokens"] * token_bytes > moved["kv_bytes"]
+
+
+@pytest.mark.slow
+async def test_an_instance_reads_its_models_weights_once(checkpoint: str) -> None:
+    requests = [arrival.request for arrival in scenario(3, SHAPE).arrivals]
+    reference, spec = reference_streams(checkpoint, requests), read_spec(checkpoint)
+    plan = given_plans(spec, {1: "2x1x1"}, devices_per_instance=2)
+    async with fleet(checkpoint, instances=1, devices_per_instance=2, plan=plan) as service, service.client() as client:
+        async with asyncio.timeout(90):
+            delivered = await asyncio.gather(*(collect(client, request) for request in requests))
+        moved = next(event for event in service.events if event.kind == "layout").data["moved"]
+    assert all(not compare(reference[one.request_id], got) for one, got in zip(requests, delivered, strict=True))
+    assert moved["weights_disk_bytes"] == moved["weights_intra_bytes"] == spec.weight_bytes // spec.dtype_bytes * 4
+
+
 async def test_a_fleet_that_cannot_start_says_why(checkpoint: str, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text("{")

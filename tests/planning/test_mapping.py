@@ -136,6 +136,19 @@ def test_more_resident_weights_are_used() -> None:
     assert mapped.reused_bytes == SPEC.weight_bytes
 
 
+def test_a_replica_goes_where_copies_of_its_kv_are() -> None:
+    devices = fleet(6, 1)
+    old = Layout(ParallelConfig(1, 2, 1, 1), tuple(devices[:2]))
+    first, second = old.config.positions()
+    copies = {devices[3]: [second], devices[5]: [first]}
+    for tokens, expected in ((100, (devices[5], devices[3])), (0, (devices[2], devices[3]))):
+        mapped = assign(SPEC, old.config, devices[2:], old=old, kv_tokens=[tokens], copies=copies)
+        assert mapped.layout.devices == expected
+    cells = kv_extent(SPEC, old.config, first).cells + kv_extent(SPEC, old.config, second).cells
+    mapped = assign(SPEC, old.config, devices[2:], old=old, kv_tokens=[100], copies=copies)
+    assert mapped.reused_bytes == 2 * SPEC.head_dim * SPEC.dtype_bytes * 100 * cells
+
+
 def test_a_restarted_device_is_not_intact() -> None:
     devices = fleet(4, 2)
     old = Layout(ParallelConfig(2, 1, 2, 4), tuple(devices))

@@ -90,8 +90,13 @@ def test_weight_transfers_cover_each_need_once(old: Layout, new: Layout, spec: M
     plan = weight_transfers(needed, held, element_bytes=spec.dtype_bytes)
     for device, wanted in needed.items():
         got = [(t.source, box) for t in (*plan.local, *plan.transfers) if t.destination == device for box in t.boxes]
-        assert sum(box.elements for _, box in got) == sum(box.elements for box in wanted)
-        assert all(one.overlap(other) is None for (_, one), (_, other) in combinations(got, 2))
+        late = [(t.source, box) for t in plan.relays if t.destination == device for box in t.boxes]
+        assert sum(box.elements for _, box in got + late) == sum(box.elements for box in wanted)
+        assert all(one.overlap(other) is None for (_, one), (_, other) in combinations(got + late, 2))
+        for neighbour, box in late:
+            assert neighbour is not None
+            assert neighbour.instance == device.instance
+            assert any(box in t.boxes for t in plan.transfers if t.destination == neighbour)
         assert all(any(box.overlap(want) == box for want in wanted) for _, box in got)
         for source, box in got:
             own = source == device
@@ -124,11 +129,25 @@ def test_equal_sources_share_the_sending() -> None:
     assert abs(sent[0] - sent[1]) * 4 <= LLAMA.weight_bytes // 5
 
 
+def test_an_instance_gets_one_copy_and_passes_it_on() -> None:
+    """Four replicas on an instance, from a replica elsewhere and from disk: the network carries one model, not four."""
+    old = Layout(ParallelConfig(1, 1, 2, 1), (Device("a", 0), Device("a", 1)))
+    new = Layout(ParallelConfig(4, 1, 1, 1), tuple(Device("b", index) for index in range(4)))
+    for held in (layout_boxes(LLAMA, old), {}):
+        plan = weight_transfers(layout_boxes(LLAMA, new), held, element_bytes=4)
+        assert plan.moved_bytes == 4 * LLAMA.weight_bytes
+        assert plan.inter_instance_bytes + plan.disk_bytes == LLAMA.weight_bytes
+        assert all(one.source in new.devices for one in plan.relays)
+        fetched = [sum(t.elements for t in plan.transfers if t.destination == device) for device in new.devices]
+        assert max(fetched) - min(fetched) <= max(box.elements for box in layout_boxes(LLAMA, new)[new.devices[0]])
+
+
 def test_nobody_holds_it_so_it_comes_from_disk() -> None:
     new = Layout(ParallelConfig(1, 2, 2, 1), tuple(Device("a", index) for index in range(4)))
     plan = weight_transfers(layout_boxes(LLAMA, new), {}, element_bytes=4)
     assert {transfer.source for transfer in plan.transfers} == {None}
-    assert plan.disk_bytes == plan.moved_bytes >= LLAMA.weight_bytes
+    assert plan.disk_bytes == LLAMA.weight_bytes <= plan.moved_bytes  # what shards replicate is read once
+    assert plan.moved_bytes == plan.disk_bytes + plan.intra_instance_bytes
 
 
 @settings(max_examples=60, deadline=None)

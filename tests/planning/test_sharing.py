@@ -116,11 +116,15 @@ def test_every_box_of_every_model_comes_from_a_holder_or_from_disk_exactly_once(
         for rank, device in enumerate(one.devices)
     }
     arriving: dict[Device, list] = {device: [] for device in transition.needed}
-    for transfer in (*transition.weights.local, *transition.weights.transfers):
+    weights = transition.weights
+    for transfer in (*weights.local, *weights.transfers, *weights.relays):
         arriving[transfer.destination] += transfer.boxes
+    for transfer in (*weights.local, *weights.transfers):
         if transfer.source is not None:
             for box in transfer.boxes:
                 assert any(one.overlap(box) == box for one in held[transfer.source])
+    for transfer in weights.relays:
+        assert set(transfer.boxes) <= set(arriving[transfer.source])
     for device, boxes in transition.needed.items():
         assert sum(box.elements for box in boxes) == sum(box.elements for box in arriving[device])
         for box in boxes:

@@ -49,11 +49,17 @@ def test_every_needed_byte_has_one_source_that_holds_it(scene: Scene) -> None:
     new = {device: rank for one in transition.new for rank, device in enumerate(one.devices)}
     assert transition.needed.keys() == new.keys()
     pieces: dict[Device, list[Box]] = {device: [] for device in new}
-    for transfer in (*transition.weights.local, *transition.weights.transfers):
+    weights = transition.weights
+    brought: dict[Device, list[Box]] = {device: [] for device in new}
+    for transfer in weights.transfers:
+        brought[transfer.destination] += transfer.boxes
+    for transfer in (*weights.local, *weights.transfers, *weights.relays):
         pieces[transfer.destination] += transfer.boxes
         if transfer.source is not None:
+            late = transfer in weights.relays
             for box in transfer.boxes:
-                assert any(held.overlap(box) == box for held in scene.resident[transfer.source])
+                held = brought[transfer.source] if late else scene.resident[transfer.source]
+                assert any(one.overlap(box) == box for one in held)
     for device, rank in new.items():
         position = Position(0, rank // scene.target.shards, rank % scene.target.shards)
         assert transition.needed[device] == weight_boxes(SPEC, scene.target, position)

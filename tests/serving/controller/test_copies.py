@@ -64,9 +64,13 @@ def test_copies_of_former_replicas_stay_until_those_of_their_successors_are_comp
     copies.keep([new])
     assert not copies.complete(new)
     assert workers.kept() == [1, 2]
+    assert [keeper is not None for keeper in copies.keepers(new)] == [True, False]
     copies.heard(c, m.CopyState(2, complete=True))
     copies.keep([new])
     assert copies.complete(new)
+    assert [keeper.instance for keeper in copies.keepers(new) if keeper] == [
+        workers.keepers()[device] for device in (b, c)
+    ]
     assert (workers.kept(), copies.former) == ([2], ())
 
 

@@ -51,12 +51,15 @@ def test_every_send_has_its_receive_with_the_same_boxes_in_the_same_order(scene:
     orders = prepare_orders(5, "store", transition, new, world)
     assert list(orders) == sorted(orders)
     assert all(order.world == [str(device) for device in world] for order in orders.values())
-    sent = {(str(source), one.peer): one.boxes for source, order in orders.items() for one in order.sends}
+    sent = {(str(source), one.peer, one.relayed): one.boxes for source, order in orders.items() for one in order.sends}
     received = {
-        (one.peer, str(target)): one.boxes for target, order in orders.items() for one in order.receives if one.peer
+        (one.peer, str(target), one.relayed): one.boxes
+        for target, order in orders.items()
+        for one in order.receives
+        if one.peer
     }
     assert sent == received
-    assert sum(len(order.sends) for order in orders.values()) == len(sent)  # one message stream per pair
+    assert sum(len(order.sends) for order in orders.values()) == len(sent)  # one message stream per pair and wave
     for replica in new:
         for rank, device in enumerate(replica.devices):
             role = orders[device].role

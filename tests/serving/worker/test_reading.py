@@ -109,6 +109,32 @@ def test_weights_arrive_where_they_belong(apart: tuple[int, ...]) -> None:
     assert results[1].traffic.sent_bytes + results[2].traffic.sent_bytes == 4 * 54
 
 
+@pytest.mark.parametrize("apart", [(), (0, 2), (1, 2)])
+def test_what_has_come_is_passed_on(apart: tuple[int, ...]) -> None:
+    """One rank has the tensor, the second gets half of it and the third the other half, and each passes its own on."""
+    groups, whole = meet(3, apart=apart), torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+    box = Box("w", (0, 0), (6, 8))
+    halves = {1: Box("w", (0, 0), (3, 8)), 2: Box("w", (3, 0), (6, 8))}
+    results: list[Any] = [None] * 3
+
+    def run(rank: int) -> None:
+        held = {} if rank else {"w": HeldTensor(box, whole)}
+        mover = WeightMover(groups[rank], WORLD, held, cast(Any, None), torch.float32, torch.device("cpu"), 1 << 20)
+        if not rank:
+            results[0] = mover.run([], [WeightPieces(WORLD[peer], [half]) for peer, half in halves.items()], [])
+            return
+        other = 3 - rank
+        sends = [WeightPieces(WORLD[other], [halves[rank]], relayed=True)]
+        receives = [WeightPieces(WORLD[0], [halves[rank]]), WeightPieces(WORLD[other], [halves[other]], relayed=True)]
+        results[rank] = mover.run([box], sends, receives)
+
+    everyone(3, run)
+    for result in results[1:]:
+        assert torch.equal(result.tensors["w"].data, whole)
+        assert (result.traffic.received_bytes, result.traffic.sent_bytes) == (4 * 48, 4 * 24)
+    assert results[0].traffic.sent_bytes == 4 * 48
+
+
 def test_arenas_hold_consecutive_tensors() -> None:
     draw = random.Random(3)
     for _ in range(50):
