@@ -145,7 +145,8 @@ def fit_law(observations: Sequence[Observed], stages: int) -> StepLaw:
     for _ in range(_PASSES):
 
         def misses(unknown: Array, weight: Array = weight) -> Array:
-            return (predicted(unknown) - seconds) / weight
+            found: Array = (predicted(unknown) - seconds) / weight
+            return found
 
         fitted = least_squares(misses, fitted, bounds=(0, np.inf), x_scale=scale, loss="soft_l1", f_scale=_SOFT).x
         weight = predicted(fitted)

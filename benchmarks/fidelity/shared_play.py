@@ -94,7 +94,13 @@ class _Stage:
         script = self._script
         lines = {model: script.hosting(model) * script.shapes[model][1] for model in script.cover}
         flows = (
-            surveys[model].flow(own * deep, own, beside=sum(lines.values()) - own, model=model)
+            surveys[model].flow(
+                own * deep,
+                script.hosting(model),
+                script.shapes[model][1],
+                beside=sum(lines.values()) - own,
+                model=model,
+            )
             for model, own in lines.items()
         )
         found = await asyncio.gather(*flows)

@@ -18,7 +18,10 @@ _LONE_PROMPTS = (8, 64, 200)
 _SHORT, _LONG = 16, 300
 _OUTPUT, _FEW_OUTPUTS, _OPENING = 32, 16, 3
 _FLOW_S, _FLOW_WARM_S = 3.0, 0.5
-_DEEP = (2, 4, 6)  # requests for every stage that flow through the fleet, beside as many as there are stages
+_FULL = (0.25, 0.5, 0.75, 1.0)  # of a batch, by requests that flow through it
+# Prompts of requests that decode together on one replica: attention computes those of like lengths at once, and
+# only beside equal ones does it show what a call of it costs.
+_MIXED = ((20, 50, 100), (8, 16, 24, 40, 56, 72, 96, 120))
 _DRAWS = 300
 
 
@@ -39,12 +42,18 @@ class StepSurvey:
         """Nothing else may run meanwhile."""
         await self.clients.together([_SHORT] * replicas, _FEW_OUTPUTS, model=model)  # the first ones warm it up
         lines = replicas * stages
-        flows = [*range(1, lines + 1), *(lines * deep for deep in _DEEP if deep * stages <= max_batch)]
+        fuller = (replicas * round(full * max_batch) for full in _FULL)
+        flows = [*range(1, lines + 1), *(count for count in fuller if count > lines)]
+        batches = [(_SHORT,) * max_batch, *(prompts for prompts in _MIXED if len(prompts) <= max_batch)]
         return [
             *[one for prompt in _LONE_PROMPTS for one in await _timed(self._prompts(1, prompt, model))],
             *await _timed(self._prompts(replicas, _LONE_PROMPTS[-1], model)),
-            *[one for count in flows for one in await self.flow(count, lines, model=model)],
-            *await _timed(self._decoding((_SHORT,) * max_batch, replicas, stages, _OUTPUT, model)),
+            *[one for count in flows for one in await self.flow(count, replicas, stages, model=model)],
+            *[
+                one
+                for prompts in batches
+                for one in await _timed(self._decoding(prompts, replicas, stages, _OUTPUT, model))
+            ],
             *await _timed(self._decoding((_LONG,), replicas, stages, _FEW_OUTPUTS, model)),
         ]
 
@@ -58,16 +67,18 @@ class StepSurvey:
         steps = (*prompt_steps(tokens, self.step_tokens, self.block_tokens), *singles)
         return [Observed(stream.latency_s, steps, count, admitted=1.0) for stream in streams]
 
-    async def flow(self, count: int, lines: int, *, beside: int = 0, model: str = "") -> list[Observed]:
-        """The time for a token when `count` clients send one request after the other, of all lengths, to replicas
-        with `lines` stages together, while `beside` stages of others compute.
+    async def flow(self, count: int, replicas: int, stages: int, *, beside: int = 0, model: str = "") -> list[Observed]:
+        """The time for a token when `count` clients send one request after the other, of all lengths, while `beside`
+        stages of others compute.
 
         Requests then come and go beside others, which slows these down more than sequences that only decode; and
         a mean over hundreds of steps is worth more than one over thirty.
         """
-        return await _timed(self._flow(count, lines, beside, model))
+        each = shares(range(max(1, round(count / replicas))), stages)
+        busy = min(count, replicas * len(each)) + beside
+        return await _timed(self._flow(count, [len(step) for step in each], busy, model))
 
-    async def _flow(self, count: int, lines: int, beside: int, model: str) -> list[Observed]:
+    async def _flow(self, count: int, sizes: Sequence[int], busy: int, model: str) -> list[Observed]:
         source, streams, begun_s = random.Random(count), list[Stream](), time.monotonic()
 
         async def client() -> None:
@@ -76,13 +87,12 @@ class StepSurvey:
                 await self.clients.send(prompt, output, streams, model=model)
 
         await asyncio.gather(*(client() for _ in range(count)))
-        amid = [
-            one for one in streams if one.sent_s > begun_s + _FLOW_WARM_S and one.times_s[-1] < begun_s + _FLOW_S
-        ] or streams
-        tokens = sum(len(one.times_s) for one in amid)
-        mix = typical(amid, -(-count // lines), self.block_tokens, source)
-        seconds = sum(one.latency_s for one in amid) / tokens
-        return [Observed(seconds, (mix,), min(count, lines) + beside, admitted=len(amid) / tokens)]
+        span = begun_s + _FLOW_WARM_S, begun_s + _FLOW_S
+        tokens = max(1, sum(span[0] < at_s <= span[1] for one in streams for at_s in one.times_s))
+        began = sum(span[0] < one.sent_s <= span[1] for one in streams)
+        mix = mean_mix([typical(streams, size, self.block_tokens, source) for size in sizes])
+        seconds = count * (span[1] - span[0]) / tokens  # every client has one request all the time
+        return [Observed(seconds, (mix,), busy, admitted=began / tokens)]
 
     async def _decoding(
         self, prompts: Sequence[int], replicas: int, stages: int, output: int, model: str
