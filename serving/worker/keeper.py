@@ -92,6 +92,7 @@ class KvLog:
 
     def _forget(self, key: int) -> None:
         self._tokens.pop(key, None)
+        self._numbers.pop(key, None)
         self._allocator.free(self._tables.pop(key, []))
 
     def holdings(self) -> list[Holding]:

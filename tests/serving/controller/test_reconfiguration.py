@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count, repeat
 from pathlib import Path
 
 import pytest
@@ -323,3 +324,46 @@ async def test_epochs_and_replica_numbers_go_on_after_a_restart(
             seen.append((replica.epoch, replica.number))
     assert seen[1][0] > seen[0][0]
     assert seen[1][1] > seen[0][1]
+
+
+@pytest.mark.parametrize(("given_up", "first_sent"), [(False, 6), (True, 0)])
+async def test_what_a_copy_beside_holds_does_not_travel_unless_it_was_given_up_meanwhile(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer, given_up: bool, first_sent: int
+) -> None:
+    """One instance runs a request, another keeps its copy and becomes the second stage."""
+    tables = count(1) if given_up else repeat(1)
+
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        record = None
+
+        def resident(peer: Peer, order: m.Downward) -> bool:
+            running = [m.Resident(record.key, 9, [0])] if record else []
+            if isinstance(order, m.Snapshot):
+                peer.worker.send(m.Residents(order.epoch, order.replica, running))
+            elif isinstance(order, m.Pause):
+                peer.worker.send(m.Paused(order.replica, running))
+            return isinstance(order, m.Snapshot | m.Pause)
+
+        def keeping(peer: Peer, order: m.Downward) -> bool:
+            if not isinstance(order, m.Survey):
+                return False
+            assert record is not None
+            whole = (0, spec.layers), (0, spec.kv_heads)
+            kept = m.Holding(order.replicas[0], record.key, 6, *whole, True, [4], next(tables))
+            peer.worker.send(m.Holdings(order.epoch, [kept]))
+            return True
+
+        await scene.add("a", answer=resident)
+        await scene.layout("a")
+        record = await scene.request()
+        await scene.add("b", answer=keeping)
+        await scene.layout("a", "b")
+        read = [one for one in _sent(scene.peers["b"]) if one.kept]
+        assert [(one.peer, span.start, span.stop) for one in read for span in one.spans] == [("b/0", 0, 6)]
+        sent = [span for one in _sent(scene.peers["a"]) if one.peer == "b/0" for span in one.spans]
+        assert [(span.start, span.stop) for span in sent] == [(first_sent, 9)]
+
+
+def _sent(peer: Peer) -> list[m.KvPieces]:
+    orders = [order for order in peer.heard if isinstance(order, m.Copy | m.Switch)]
+    return [piece for order in orders for piece in order.sends]

@@ -145,6 +145,20 @@ def test_who_does_not_know_the_token_is_told_so(keeper: Keeper) -> None:
     assert not keeper.holdings([5])
 
 
+def test_a_table_that_begins_anew_has_another_number() -> None:
+    """Whoever read the old one can tell."""
+    log = KvLog(wire.Greeting("", 5, (0, 1), (0, 1), 2, 2, 4, "float32"))
+
+    def append(number: int, start: int, stop: int) -> dict[int, int]:
+        body = torch.zeros(4 * (stop - start)).view(torch.uint8)
+        log.append(wire.Frame(number, [(1, start, stop)], [], checksum(body)), body)
+        return {one.key: one.table for one in log.holdings()}
+
+    first = append(1, 0, 3)
+    assert append(2, 3, 5) == first
+    assert append(3, 0, 2)[1] != first[1]
+
+
 def test_damage_and_gaps_are_refused() -> None:
     log = KvLog(wire.Greeting("", 5, (0, 1), (0, 1), 2, 2, 4, "float32"))
     body = torch.arange(2 * 3 * 2, dtype=torch.float32).view(torch.uint8)
