@@ -128,14 +128,14 @@ async def play_shared(
         await stage.survey(patient)
     watching.cancel()
     drag = Drag.of(watch.probes)
-    spans = (begun_s, surveyed_s), (surveyed_s, played_s), (played_s, time.monotonic())
+    moments = begun_s, surveyed_s, played_s, time.monotonic()
     return SharedPlayed(
         asks,
         streams,
         stage.felt(drag),
         speeds,
-        [round(watch.mean_cores(*span), 3) for span in spans],
-        [round(watch.middle_probe_ms(*span), 4) for span in spans],
+        watch.foreign_cores(*moments),
+        watch.probe_ms(*moments),
         drag.course(surveyed_s, played_s),
     )
 

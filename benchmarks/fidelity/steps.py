@@ -45,17 +45,15 @@ class StepSurvey:
         fuller = (replicas * round(full * max_batch) for full in _FULL)
         flows = [*range(1, lines + 1), *(count for count in fuller if count > lines)]
         batches = [(_SHORT,) * max_batch, *(prompts for prompts in _MIXED if len(prompts) <= max_batch)]
-        return [
-            *[one for prompt in _LONE_PROMPTS for one in await _timed(self._prompts(1, prompt, model))],
-            *await _timed(self._prompts(replicas, _LONE_PROMPTS[-1], model)),
-            *[one for count in flows for one in await self.flow(count, replicas, stages, model=model)],
-            *[
-                one
-                for prompts in batches
-                for one in await _timed(self._decoding(prompts, replicas, stages, _OUTPUT, model))
-            ],
-            *await _timed(self._decoding((_LONG,), replicas, stages, _FEW_OUTPUTS, model)),
-        ]
+        found = []
+        for prompt in _LONE_PROMPTS:
+            found += await _timed(self._prompts(1, prompt, model))
+        found += await _timed(self._prompts(replicas, _LONE_PROMPTS[-1], model))
+        for count in flows:
+            found += await self.flow(count, replicas, stages, model=model)
+        for prompts in batches:
+            found += await _timed(self._decoding(prompts, replicas, stages, _OUTPUT, model))
+        return found + await _timed(self._decoding((_LONG,), replicas, stages, _FEW_OUTPUTS, model))
 
     async def _prompts(self, count: int, tokens: int, model: str) -> list[Observed]:
         """The time to the third token of `count` prompts, one on every replica.

@@ -7,6 +7,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import psutil
@@ -43,13 +44,13 @@ class Watch:
                 self.cores.append((now_s, max(0.0, busy - before - ours) / (now_s - then_s)))
                 before, own, then_s = busy, now, now_s
 
-    def mean_cores(self, begin_s: float, end_s: float) -> float:
-        """Processors of others, mean over an interval; 0 if nothing was sampled in it."""
-        return float(np.mean(_inside(self.cores, begin_s, end_s) or [0.0]))
+    def foreign_cores(self, *moments_s: float) -> list[float]:
+        """Processors of others, mean over every interval between two moments; 0 if nothing was sampled in it."""
+        return [round(float(np.mean(_inside(self.cores, *span) or [0.0])), 3) for span in pairwise(moments_s)]
 
-    def middle_probe_ms(self, begin_s: float, end_s: float) -> float:
-        """Median time of the probe over an interval; 0 if nothing was sampled in it."""
-        return float(np.median(_inside(self.probes, begin_s, end_s) or [0.0]))
+    def probe_ms(self, *moments_s: float) -> list[float]:
+        """Median time of the probe over every interval between two moments; 0 if nothing was sampled in it."""
+        return [round(float(np.median(_inside(self.probes, *span) or [0.0])), 4) for span in pairwise(moments_s)]
 
 
 def _inside(samples: list[tuple[float, float]], begin_s: float, end_s: float) -> list[float]:

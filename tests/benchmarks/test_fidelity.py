@@ -280,9 +280,10 @@ async def test_the_watch_samples_others_and_the_probe() -> None:
             await asyncio.sleep(0.05)
     watching.cancel()
     assert len(watch.probes) >= 4
-    assert watch.middle_probe_ms(begun_s, time.monotonic()) > 0
-    assert watch.mean_cores(begun_s, time.monotonic()) >= 0
-    assert watch.middle_probe_ms(0.0, 0.0) == watch.mean_cores(0.0, 0.0) == 0.0
+    now_s = time.monotonic()
+    assert min(watch.probe_ms(begun_s, now_s)) > 0
+    assert min(watch.foreign_cores(begun_s, now_s)) >= 0
+    assert watch.probe_ms(0.0, 0.0, 1.0) == watch.foreign_cores(0.0, 0.0, 1.0) == [0.0, 0.0]
 
 
 @pytest.mark.slow
