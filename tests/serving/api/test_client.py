@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import msgspec
 import pytest
@@ -38,14 +38,28 @@ async def test_text_and_detokenize(service: Served) -> None:
 
 
 async def test_a_server_that_is_slow_to_take_connections_is_waited_for(service: Served) -> None:
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(0.4)
-        upstream = await asyncio.open_connection("127.0.0.1", service.port)
+    async with _relay(service.port, wait_s=0.4) as port, Client(f"127.0.0.1:{port}") as client:
+        assert (await client.server_info()).model == "Tiny/Llama"
+
+
+@asynccontextmanager
+async def _relay(target: int, wait_s: float) -> AsyncIterator[int]:
+    """A port whose connections reach the target port after a while. At the end it closes all of them itself:
+    a client's own sockets are closed by its library's threads, perhaps after the event loop is gone."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await asyncio.sleep(wait_s)
+        upstream = await asyncio.open_connection("127.0.0.1", target)
+        writers.append(upstream[1])
         await asyncio.gather(_pump(reader, upstream[1]), _pump(upstream[0], writer))
 
-    slow = await asyncio.start_server(relay, "127.0.0.1", 0)
-    async with slow, Client(f"127.0.0.1:{slow.sockets[0].getsockname()[1]}") as client:
-        assert (await client.server_info()).model == "Tiny/Llama"
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+    for writer in writers:
+        writer.close()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
