@@ -89,6 +89,7 @@ async def test_a_notice(fleet: LiveFleet, undisturbed: list[list[int]]) -> None:
     assert said.index("layout") < said.index("instance_dismissed")
 
 
+@pytest.mark.slow
 async def test_sigterm_is_a_notice(fleet: LiveFleet, undisturbed: list[list[int]]) -> None:
     await fleet.ready(2)
     leaving = next(name for name in fleet.processes if name != "controller")
@@ -141,6 +142,7 @@ async def test_an_instance_that_is_frozen_is_lost_and_may_come_back(
     await fleet.ready(2)
 
 
+@pytest.mark.slow
 async def test_a_controller_that_is_killed_finds_its_workers_again(
     fleet: LiveFleet, undisturbed: list[list[int]]
 ) -> None:

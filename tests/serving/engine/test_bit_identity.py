@@ -29,7 +29,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "opt"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", pytest.param("mistral", marks=pytest.mark.slow), "opt"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ModelSpec]:
     return make_model(request.param, tmp_path_factory.mktemp("model"))
 
