@@ -307,10 +307,14 @@ class Snapshot(Message):
 
 
 class Survey(Message):
-    """Say what KV of these replicas is at hand: in caches of broken ones, and in host memory."""
+    """Say what KV of these replicas is at hand: in caches of broken ones, and in host memory.
+
+    Those of `ended` are no more: nothing may be added to copies of them from now on.
+    """
 
     epoch: int
     replicas: list[int]
+    ended: list[int] = []
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True):
@@ -408,7 +412,7 @@ class Salvage(Message):
 
 
 class Replicate(Message):
-    """Send a copy of the KV of `replica`, as it grows, to the worker that keeps at `address`; "" ends it."""
+    """Send a copy of the KV of `replica`, as it grows, to the worker that keeps at `address`."""
 
     replica: int
     address: str

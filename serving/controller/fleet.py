@@ -63,6 +63,7 @@ class Fleet:
         self.no_capacity = False
         self._last_number = self.epoch * 1000  # replica numbers stay unique over restarts too
         self._resident: dict[Device, tuple[Box, ...]] = {}
+        self._preloading: dict[Device, tuple[Box, ...]] = {}
         self._stores: dict[int, Rendezvous] = {}
         self._current: Reconfiguration | None = None
         self._changed = asyncio.Event()
@@ -82,10 +83,10 @@ class Fleet:
         return port
 
     async def stop(self) -> None:
-        """Dismiss everyone and stop."""
+        """Stop, and dismiss everyone unless they are to wait for the next controller."""
         if self._task:
             self._task.cancel()
-        for name in list(self.membership.instances):
+        for name in list(self.membership.instances) if self._settings.dismiss else ():
             self.membership.dismiss(name)
         await self.membership.stop()
         for store in self._stores.values():
@@ -118,7 +119,8 @@ class Fleet:
         """An instance will leave; a preparation that counts on it is void."""
         self._events.emit("notice", instance=instance.name, deadline_s=deadline_s, source=source)
         self._metrics.preemption(source)
-        if self._current and any(d.instance == instance.name for r in self._current.new for d in r.devices):
+        building = self._current.transition.new if self._current else ()
+        if self._current and any(device.instance == instance.name for one in building for device in one.devices):
             self._current.cancel(f"{instance.name} is leaving")
 
     def instance_advised(self, instance: InstanceState, source: str) -> None:
@@ -140,6 +142,7 @@ class Fleet:
     def worker_lost(self, device: Device, reason: str) -> None:
         """A worker is gone: its replica is broken, and so is a reconfiguration it takes part in."""
         self._resident.pop(device, None)
+        self._preloading.pop(device, None)
         instance = self.membership.instances.get(device.instance)
         if instance is not None and not instance.dismissed:  # otherwise the end of the instance says it
             self._events.emit("worker_lost", device=str(device), reason=reason)
@@ -157,6 +160,8 @@ class Fleet:
             return
         if isinstance(message, m.Preloaded):
             self._resident[device] = tuple(message.boxes)
+            if self._preloading.get(device) == tuple(message.boxes):
+                del self._preloading[device]
             return
         if isinstance(message, m.CopyState):
             self._copies.heard(device, message)
@@ -165,6 +170,8 @@ class Fleet:
         if isinstance(message, m.Heartbeat):
             self._examine(message.replica)
             return
+        if isinstance(message, m.Failed) and message.phase == "preload":
+            self._preloading.pop(device, None)
         if isinstance(message, m.Failed) and message.phase == "step":
             replica = self.dispatcher.replicas.get(message.replica)
             if replica is not None:
@@ -249,9 +256,8 @@ class Fleet:
         requests = [record.request.request_id for record in replica.records.values()]
         number = replica.number
         self._events.emit("replica_failed", epoch=replica.epoch, replica=number, reason=reason, requests=requests)
-        if self._current is not None and replica in (*self._current.retired, *self._current.joined):
-            # Its KV is gone, and with it the transfers that were planned.
-            self._current.fail(f"replica {replica.number} failed: {reason}")
+        if self._current is not None:
+            self._current.broke(replica, reason)
         self._broken = True
         self._recovery.strand(replica)
         for device in replica.devices:
@@ -322,6 +328,9 @@ class Fleet:
             return
         whole = self._targets.whole(self.book, self.target)
         for device, boxes in self._targets.preloads(self.target, self._resident, whole=whole).items():
+            if self._preloading.get(device) == boxes:
+                continue  # it is at it
+            self._preloading[device] = boxes
             self._resident[device] = common(self._resident.get(device, ()), boxes)  # whether or not it manages
             self.membership.send(device, m.Preload(list(boxes)))
 
@@ -409,7 +418,7 @@ class Fleet:
         self._recovery.replay(self.dispatcher.drop(transition.retire), "unseated")
         self._copies.ended(transition.retire)
         self._forget(self._recovery.settle(attempt.stranded, tried=True))
-        self.target, self._broken = target, False
+        self.target, self._broken = target, bool(self._recovery.stranded)
         if attempt.store is not None:
             self._stores[outcome.epoch] = attempt.store
         self._close_stores()
@@ -417,6 +426,8 @@ class Fleet:
         self._events.emit("layout", mode=mode, **layout)
         self._metrics.migration("move", len(outcome.heirs) - len(outcome.restored))
         self._metrics.migration("restore", len(outcome.restored))
+        for what, size_bytes in outcome.moved_bytes.items():
+            self._metrics.moved(what, size_bytes)
         for phase, seconds in outcome.seconds.items():
             self._metrics.reconfiguration(phase, seconds)
         for device, message in self._early:

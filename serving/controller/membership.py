@@ -107,7 +107,7 @@ class Membership(Roster):
     def end_worker(self, device: Device, reason: str) -> None:
         """Have a worker that does nothing any more killed by its agent; it is lost at once."""
         instance = self.instances.get(device.instance)
-        member = instance.workers.get(device.index) if instance else None
+        member = self.worker(device)
         if instance is None or member is None or member.connection.closed:
             return
         logger.warning("worker %s %s; ending it", device, reason)

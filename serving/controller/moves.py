@@ -109,16 +109,25 @@ class Moves:
     # -- room in running replicas ------------------------------------------------------------------------
 
     def wanted(self, joined: Sequence[Replica]) -> dict[Device, list[m.Wanted]]:
-        """What to ask the leaders of running replicas for, the emptiest first, for sequences without a home."""
+        """What to ask the leaders of running replicas for: a seat in the emptiest one for each sequence without a
+        home, and a larger seat for those that grow.
+        """
         wanted: dict[Device, list[m.Wanted]] = defaultdict(list)
         loads = {one.number: len(one.records) for one in joined}
         for key in self._present():
-            fitting = [one for one in joined if one.model == self._records[key].model]
-            if key not in self._homes and fitting:
-                home = min(fitting, key=lambda one: (loads[one.number], one.number))
-                loads[home.number] += 1
-                wanted[home.leader].append(m.Wanted(key, home.number, self._tokens(key) + _GROWTH_TOKENS))
+            home = self._homes.get(key)
+            fitting = [one for one in joined if one.model == self._records[key].model] if home is None else [home]
+            if not fitting or (home is not None and not self._outgrows(key, home)):
+                continue
+            place = min(fitting, key=lambda one: (loads[one.number], one.number))
+            loads[place.number] += home is None
+            wanted[place.leader].append(m.Wanted(key, place.number, self._tokens(key) + _GROWTH_TOKENS))
         return wanted
+
+    def _outgrows(self, key: int, home: Replica) -> bool:
+        """Whether a sequence has used up some of the growth that its seat in a running replica was made for."""
+        blocks = self._reserved.get(home.number, {}).get(key)
+        return blocks is not None and len(blocks) * self._block_tokens < self._tokens(key) + _GROWTH_TOKENS
 
     def reserve(self, joined: Sequence[Replica], seats: Iterable[m.Seat]) -> None:
         """What was set aside."""

@@ -15,15 +15,13 @@ from serving import messages as m
 from serving.controller.dispatch import Replica
 from serving.settings import EngineSettings
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def block_bytes(spec: ModelSpec, replica: Replica, engine: EngineSettings, rank: int) -> int:
     """Bytes of one KV block on rank `rank` of a replica: K and V of its layers and heads."""
     stage, shard = divmod(rank, replica.config.shards)
     first, last = replica.config.stage_layers(stage, spec.layers)
     low, high = kv_head_range(spec, shard, replica.config.shards)
-    cell = 2 * engine.block_tokens * spec.head_dim * _DTYPE_BYTES[engine.dtype]
+    cell = 2 * engine.block_tokens * spec.head_dim * engine.element_bytes
     return (last - first) * (high - low) * cell
 
 

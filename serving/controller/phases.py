@@ -17,7 +17,7 @@ class TransitionFailed(PerennialError):
 
 
 class Phase(Generic[Answer]):
-    """Collects one answer per expected device; fails as soon as one of them is lost or reports failure."""
+    """Collects one answer per expected device; fails as soon as it is told to."""
 
     def __init__(self, name: str, expected: Iterable[Device]) -> None:
         self.name = name
@@ -42,11 +42,6 @@ class Phase(Generic[Answer]):
         if not self._done.done():
             self._done.set_exception(TransitionFailed(f"{self.name}: {reason}"))
             self._done.exception()  # nobody may be waiting any more, and that is no error
-
-    def lost(self, device: Device, reason: str) -> None:
-        """A worker is gone; that matters if its answer is still missing."""
-        if device in self._missing:
-            self.fail(f"{device} was lost ({reason})")
 
     async def wait(self, timeout_s: float) -> dict[Device, Answer]:
         """All answers. Raises `TransitionFailed`, also when `timeout_s` has passed."""

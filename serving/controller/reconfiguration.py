@@ -89,6 +89,12 @@ class Outcome:
     moved: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        """All that came from elsewhere, by what it is."""
+        weights = sum(self.moved[f"weights_{way}_bytes"] for way in ("intra", "inter", "disk"))
+        return {"weights": weights, "kv": self.moved["kv_bytes"]}
+
 
 @dataclass(slots=True)
 class Reconfiguration:
@@ -163,6 +169,12 @@ class Reconfiguration:
                 return records.pop(key)
         return None
 
+    def broke(self, replica: Replica, reason: str) -> None:
+        """A running replica is no more: its KV is gone, and with it the transfers that were planned."""
+        if replica in (*self.retired, *self.joined):
+            self.fail(f"replica {replica.number} failed: {reason}")
+        self.kept = [one for one in self.kept if one is not replica]
+
     def fail(self, reason: str) -> None:
         """End the attempt at once; between two phases, before the next one."""
         self._failure = self._failure or reason
@@ -193,12 +205,14 @@ class Reconfiguration:
         held = clock()
         copied_bytes = await self._copy_while_serving()
         copied = clock()
+        self._check("pause")
         on_pause()
         await self._pause()
         stopped = clock()
         heirs = self._moves.heirs()
         sent_bytes = await self._switch(heirs)
         self._check("switch")
+        self._let_go()
         ended = clock()
         seconds = {"prepare": ready - started, "hold": held - ready, "copy": copied - held, "pause": stopped - copied}
         seconds |= {"transfer": ended - stopped, "total": ended - started, **self._moving_s}
@@ -230,7 +244,8 @@ class Reconfiguration:
         """Find what is left of stranded sequences; those of which nothing is left are given up to replay."""
         if not self.stranded:
             return
-        order = m.Survey(self.epoch, [*(one.number for one in self.stranded), *self.former])
+        ended = [one.number for one in self.stranded]
+        order = m.Survey(self.epoch, list(dict.fromkeys([*ended, *self.former])), ended)
         orders = dict.fromkeys(self.workers.connected_devices(), order)
         answers = await self._ask("survey", orders, self.settings.timeouts.pause_s)
         found = found_sources({device: answer.held for device, answer in answers.items()})
@@ -376,22 +391,26 @@ class Reconfiguration:
         }
         answers = await self._ask("switch", orders, self.settings.timeouts.switch_s)
         self._clock("kv", answers)
-        for device in {device for replica in self.retired for device in replica.devices} - set(self.world):
-            self.workers.send(device, m.Retire(retire))
         return sum(answer.sent_bytes for answer in answers.values())
+
+    def _let_go(self) -> None:
+        """Until everybody had switched the caches of retired replicas were kept, in case of a failure."""
+        retire = m.Retire([replica.number for replica in self.retired])
+        for device in {device for replica in self.retired for device in replica.devices}:
+            self.workers.send(device, retire)
 
     def undo(self) -> None:
         """After a failure: every participant forgets the epoch; the caches of paused replicas are salvaged."""
         involved = {*self.world, *(device for replica in self.retired for device in replica.devices)}
         numbers = [replica.number for replica in self.new]
-        for replica in self.kept:
-            self.workers.send(replica.leader, m.Cancel(replica.number, self._moves.reserved(replica)))
         for device in involved:
             self.workers.send(device, m.Abandon(self.epoch))
             self.workers.send(device, m.Retire(numbers))
             if self.paused:
                 for replica in self.retired:
                     self.workers.send(device, m.Salvage(replica.number))
+        for replica in self.joined:  # after the word that nobody is to join any more
+            self.workers.send(replica.leader, m.Cancel(replica.number, self._moves.reserved(replica)))
         if self.store is not None:
             self.store.close()
 

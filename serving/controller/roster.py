@@ -108,10 +108,14 @@ class Roster:
         """Where a connected worker keeps copies of others' KV."""
         return self.instances[device.instance].workers[device.index].kv_address
 
+    def worker(self, device: Device) -> Member | None:
+        """A worker that is here."""
+        instance = self.instances.get(device.instance)
+        return instance.workers.get(device.index) if instance else None
+
     def host(self, device: Device) -> str:
         """The host that a worker's connection comes from; "" if it is not here."""
-        instance = self.instances.get(device.instance)
-        member = instance.workers.get(device.index) if instance else None
+        member = self.worker(device)
         return member.connection.host if member is not None else ""
 
     def zone(self, device: Device) -> str:
@@ -121,15 +125,13 @@ class Roster:
 
     def send(self, device: Device, message: m.Message) -> None:
         """Send to a worker; silently dropped if it is gone (its loss is reported on its own)."""
-        instance = self.instances.get(device.instance)
-        member = instance.workers.get(device.index) if instance else None
+        member = self.worker(device)
         if member is not None:
             member.connection.send(message)
 
     def heard(self, device: Device) -> Heard | None:
         """What a worker last said of itself, and how long ago."""
-        instance = self.instances.get(device.instance)
-        member = instance.workers.get(device.index) if instance else None
+        member = self.worker(device)
         if member is None or member.pulse is None:
             return None
         timeouts = self._timeouts

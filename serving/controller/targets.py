@@ -23,8 +23,6 @@ from serving.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 Resident = Mapping[Device, Sequence[Box]]
 """The boxes of weights that every device holds."""
 
@@ -43,7 +41,7 @@ class Targets:
         dispatcher: Dispatcher,
     ) -> None:
         self._specs, self._membership, self._dispatcher = specs, membership, dispatcher
-        self._element_bytes = _ELEMENT_BYTES[settings.engine.dtype]
+        self._element_bytes = settings.engine.element_bytes
         self._residency = settings.engine.residency
         self._gpus = settings.engine.device != "cpu"
         self._paced_book: PlanBook | SharedPlanBook | None = None

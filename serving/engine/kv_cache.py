@@ -163,7 +163,7 @@ class KvCache:
 
     def cells(self, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
         """All cells of absolute ranges held here, in place: `[layers, 2, slots, heads, head_dim]`."""
-        if not _within(layers, self.layers) or not _within(heads, self.heads):
+        if not within(layers, self.layers) or not within(heads, self.heads):
             raise ValueError(
                 f"layers {layers}, KV heads {heads} are not within layers {self.layers}, KV heads {self.heads}"
             )
@@ -218,5 +218,6 @@ def slots_of(tables: Iterable[tuple[Sequence[int], int, int]], block_tokens: int
     return torch.from_numpy(np.concatenate([slots(*span, block_tokens) for span in spans]))
 
 
-def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+def within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    """Whether one range lies inside another."""
     return outer[0] <= inner[0] <= inner[1] <= outer[1]

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from serving.engine.batch import StepPlan
 
 _LONG_TOKENS = 256  # computed at once: to wait until these are copied would hold everybody up
+
+
+class Mark(Protocol):
+    """A point of what a device has been given to do; `torch.cuda.Event` is one."""
+
+    def query(self) -> bool:
+        """Whether the device has been through it."""
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
 
 
 class Cached(NamedTuple):
@@ -30,7 +41,7 @@ class Look(NamedTuple):
     """Sequences as somebody saw them after so many `changes`; to be read once the device has passed `mark`."""
 
     cached: dict[int, Cached]
-    mark: object
+    mark: Mark | None
     changes: int
 
 
@@ -45,7 +56,8 @@ class KvIndex:
     catches up meanwhile.
 
     What was computed before the last step is *settled*: nobody who copies it has to wait for the device. Without a
-    mark the last step is settled too.
+    mark the last step is settled too. Steps whose mark the device has not passed are *under way*: a device that
+    stands still may have any number of them.
     """
 
     def __init__(self) -> None:
@@ -54,11 +66,12 @@ class KvIndex:
         self._behind: set[int] = set()
         self._catching_up: set[int] = set()
         self._fresh: dict[int, int] = {}  # of the last step: how many tokens there were before it
-        self._settled_mark: object = None
+        self._under_way: deque[tuple[Mark, dict[int, int]]] = deque()  # how many tokens there were before each step
+        self._settled_mark: Mark | None = None
         self._changes = 0
         self._hurry = False
         self._lives = self._restarts = 0
-        self.mark: object = None
+        self.mark: Mark | None = None
         self._changed = threading.Condition(self._lock)
 
     def begin(self, plan: StepPlan) -> None:
@@ -69,6 +82,8 @@ class KvIndex:
             for one in plan.sequences:
                 if one.start == 0:  # whatever was here of it is void
                     self._forget(one.key)
+                elif one.key not in self._entries:  # it was taken for void
+                    self._behind.add(one.key)
                 if len(one.tokens) > _LONG_TOKENS:
                     self._catching_up.add(one.key)
                 self._set(one.key, one.start, one.blocks)
@@ -78,7 +93,7 @@ class KvIndex:
         self._behind.discard(key)
         self._catching_up.discard(key)
 
-    def finish(self, plan: StepPlan, mark: object = None) -> None:
+    def finish(self, plan: StepPlan, mark: Mark | None = None) -> None:
         """After it: its tokens count.
 
         `mark` is what a reader has to wait for before the KV of this step is in memory (a CUDA event).
@@ -86,6 +101,10 @@ class KvIndex:
         with self._changed:
             self._settled_mark, self.mark = self.mark, mark
             self._fresh = {one.key: one.start for one in plan.sequences}
+            while self._under_way and self._under_way[0][0].query():
+                self._under_way.popleft()
+            if mark is not None:
+                self._under_way.append((mark, self._fresh))
             for one in plan.sequences:
                 if one.key in self._entries:
                     self._set(one.key, one.start + len(one.tokens), one.blocks)
@@ -153,6 +172,21 @@ class KvIndex:
         """All sequences."""
         with self._lock:
             return dict(self._entries)
+
+    def computed(self) -> dict[int, Cached]:
+        """All sequences, as far as the device has been through their steps: what a failure leaves."""
+        with self._lock:
+            entries = dict(self._entries)
+            for mark, starts in self._under_way:
+                for key, tokens in starts.items() if not mark.query() else ():
+                    if key in entries and tokens < entries[key].tokens:
+                        entries[key] = entries[key]._replace(tokens=tokens)
+            return entries
+
+    def catch_up(self) -> None:
+        """Wait until the device has been through every step so far."""
+        if self.mark is not None:
+            self.mark.synchronize()
 
     # -- for whoever copies ---------------------------------------------------------------------------
 

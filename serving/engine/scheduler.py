@@ -8,7 +8,7 @@ waits for ever. Stop strings are the controller's business.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
 
 from data.errors import InvalidInput
@@ -72,10 +72,14 @@ class Scheduler:
         if not self._end_if_over(sequence):
             self._waiting.append(sequence)
 
-    def reserve(self, tokens: int) -> list[int] | None:
-        """Blocks for a request whose KV is about to be moved in; None if there are too few."""
-        count = blocks_for(tokens, self._limits.block_tokens)
-        return self._allocator.allocate(count) if self._allocator.can_allocate(count) else None
+    def reserve(self, tokens: int, held: int = 0) -> list[int] | None:
+        """Blocks for a request whose KV is about to be moved in, beside `held` that it has already; None if there are
+        too few. Every running request keeps a spare one.
+        """
+        count = blocks_for(tokens, self._limits.block_tokens) - held
+        if count <= 0:
+            return []
+        return self._allocator.allocate(count) if self._allocator.can_allocate(count + len(self._running)) else None
 
     def claim(self, blocks: Sequence[int]) -> None:
         """Take exactly these blocks for requests whose KV is in them. Raises `ValueError` if one is not free."""
@@ -85,6 +89,10 @@ class Scheduler:
         """Give back a reservation that came to nothing."""
         self._allocator.free(blocks)
 
+    def forget(self, keys: Iterable[int]) -> None:
+        """KV of sequences that do not run on it is here: the next plan tells every rank that it is void."""
+        self._left += [key for key in keys if key not in self._sequences or not self._sequences[key].blocks]
+
     def adopt(self, request: ScheduledRequest, cached_tokens: int, blocks: list[int]) -> None:
         """Run a request whose first `cached_tokens` tokens are in `blocks`, which `reserve` returned.
 
@@ -93,6 +101,7 @@ class Scheduler:
         if cached_tokens > len(blocks) * self._limits.block_tokens:
             raise InvalidInput(f"{cached_tokens} cached tokens do not fit in {len(blocks)} blocks")
         sequence = self._register(request)
+        self._left = [key for key in self._left if key != request.key]  # its KV is not void any more
         sequence.blocks = list(blocks)
         sequence.cached = min(cached_tokens, request.total_tokens - 1)
         if not self._end_if_over(sequence):

@@ -57,9 +57,13 @@ class Copies:
         return self._salvaged[pieces.replica].cache
 
     def salvage(self, position: Position) -> None:
-        """Keep the caches of broken replicas at hand."""
+        """Keep the caches of replicas that have ended at hand."""
         for part in position.parts:
-            self._salvaged[part.hosted.replica] = Salvaged(part.cache, part.index.snapshot())
+            self._salvaged[part.hosted.replica] = Salvaged(part.cache, part.index.computed())
+
+    def freeze(self, replicas: Sequence[int]) -> None:
+        """Copies of these replicas, which have ended, are about to be read: nothing is added any more."""
+        self._keeper.freeze(replicas)
 
     def drop(self, replicas: Sequence[int]) -> list[object]:
         """Let go of the salvaged caches of these replicas, which are returned."""
@@ -71,15 +75,13 @@ class Copies:
         self._keeper.drop_others(replicas)
 
     def stream(self, part: ModelPart, address: str, tell: Callable[[bool], None]) -> Callable[[StepPlan], None]:
-        """Copies of a replica's KV go to `address` from now on; "" ends that. Returns what its steps wait by.
+        """Copies of a replica's KV go to `address` from now on. Returns what its steps wait by.
 
         `tell` hears whether the copy is complete, from any thread.
         """
         replica = part.hosted.replica
         self.end_stream(replica)
         replication = self._settings.replication
-        if not address:
-            return _wait_for_nothing
         stream = self._streams[replica] = KvStream(
             address,
             self._settings.token,

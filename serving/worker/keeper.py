@@ -13,7 +13,7 @@ from itertools import count
 from torch import Tensor
 
 from serving.engine.blocks import BlockAllocator, blocks_for
-from serving.engine.kv_cache import KvCache, slots_of
+from serving.engine.kv_cache import KvCache, slots_of, within
 from serving.errors import TransportError
 from serving.messages import Holding
 from serving.worker import kv_wire as wire
@@ -119,6 +119,7 @@ class Keeper:
     def __init__(self, host: str, token: str) -> None:
         self._token = token
         self._logs: dict[tuple[int, tuple[int, int], tuple[int, int]], KvLog] = {}
+        self._frozen: set[int] = set()
         self._lock = threading.Lock()
         self._listener = socket.create_server((host, 0))
         self.address = f"{host}:{self._listener.getsockname()[1]}"
@@ -128,7 +129,7 @@ class Keeper:
         """The cache of a log that holds these ranges. Raises `GroupBroken` if it was dropped."""
         with self._lock:
             for log in self._logs.values():
-                if log.replica == replica and _within(layers, log.layers) and _within(heads, log.heads):
+                if log.replica == replica and within(layers, log.layers) and within(heads, log.heads):
                     return log.cache
         raise GroupBroken(f"the copy of replica {replica} is not here any more")
 
@@ -138,9 +139,18 @@ class Keeper:
             logs = [log for log in self._logs.values() if log.replica in replicas]
         return [one for log in logs for one in log.holdings()]
 
+    def freeze(self, replicas: Sequence[int]) -> None:
+        """Take nothing more of these replicas, from streams that are here or still come."""
+        with self._lock:
+            self._frozen.update(replicas)
+            logs = [log for log in self._logs.values() if log.replica in self._frozen]
+        for log in logs:
+            log.close()
+
     def drop_others(self, replicas: Sequence[int]) -> None:
         """Give the memory of all other logs back."""
         with self._lock:
+            self._frozen &= set(replicas)
             dropped = [log for log in self._logs.values() if log.replica not in replicas]
             self._logs = {key: log for key, log in self._logs.items() if log.replica in replicas}
         if dropped:
@@ -182,6 +192,8 @@ class Keeper:
         connection.settimeout(None)
         log = KvLog(greeting)
         with self._lock:
+            if log.replica in self._frozen:
+                raise TransportError(f"replica {log.replica} has ended, and its copy is being read")
             self._logs[log.replica, log.layers, log.heads] = log
         wire.send(connection, wire.Answer(0))
         return log
@@ -192,7 +204,3 @@ def _give_back(logs: list[KvLog]) -> None:
     for log in logs:
         log.close()
         log.cache.give_back()
-
-
-def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
-    return outer[0] <= inner[0] <= inner[1] <= outer[1]

@@ -22,6 +22,7 @@ from serving.worker.rounds import Rounds, Traffic
 
 logger = logging.getLogger(__name__)
 
+_HERE = b"here"
 _SLOT_LISTS = 8  # that are worth keeping
 _COPY_BYTES = 512 << 20  # of one copy: every call has to wait for the interpreter while others decode
 
@@ -181,6 +182,19 @@ class KvMover:
             slots = torch.from_numpy(np.concatenate(found)).to(cache.device)
             self._slots[key] = chunk, slots  # the chunk keeps its spans, and so their identity, alive
         return self._slots[key][1]
+
+
+def meet_leader(group: Group, ranks: Sequence[int]) -> None:
+    """The first of `ranks` waits until all others have come here; those only say so.
+
+    Raises `GroupBroken` if one is lost.
+    """
+    leader, *others = ranks
+    if group.rank != leader:
+        group.send_bytes(_HERE, leader).wait()
+        return
+    for rank in others:
+        group.receive_bytes(rank)
 
 
 def _apart(

@@ -165,6 +165,19 @@ class KvStream(threading.Thread):
     def _connect(self) -> socket.socket:
         host, _, port = self._address.rpartition(":")
         connection = socket.create_connection((host, int(port)), timeout=_CONNECT_S)
+        try:
+            self._greet(connection)
+        except BaseException:
+            connection.close()
+            raise
+        with self._answered:
+            self._sent, self._unanswered, self._kept = {}, {}, {}
+            self._long = set()
+            self._index.start_over()
+            self._connection = connection
+        return connection
+
+    def _greet(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         cache = self._cache
         dtype = str(cache.dtype).removeprefix("torch.")
@@ -185,20 +198,14 @@ class KvStream(threading.Thread):
         if answer.refusal:
             raise TransportError(answer.refusal)
         connection.settimeout(None)
-        with self._answered:
-            self._sent, self._unanswered, self._kept = {}, {}, {}
-            self._long = set()
-            self._index.start_over()
-            self._connection = connection
-        return connection
 
     def _report(self) -> None:
         """Say it when the copy has become complete, or is not complete any more."""
         with self._answered:
             now, before = self._index.copying, self._told
             self._told = now
-        if now != before:
-            self._tell(now[1])
+            if now != before:  # two threads come here, and what is said last must be what is so
+                self._tell(now[1])
 
     def _send(self, connection: socket.socket, spans: list[Span], ended: list[int], mark: object) -> None:
         data = self._load(spans, mark) if spans else None

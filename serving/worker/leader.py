@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
+from msgspec import structs
 
 from serving.engine.batch import SampledToken, StepPlan
 from serving.engine.scheduler import Emission as Drawn
@@ -63,8 +64,9 @@ class Leader(StepLoop):
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, list[SampledToken] | None]] = deque()
         self._pausing = False
-        self._reserved: dict[int, dict[int, Seat]] = {}  # by epoch and request
+        self._seats: dict[tuple[int, int], tuple[int, Seat]] = {}  # by replica and request: for which epoch, and what
         self._relieved: set[int] = set()  # replicas that lost requests without an emission to say how much is left
+        self._unproven: dict[int, int] = {}  # tokens before chunks of prompts that may not be computed everywhere yet
         self._spoke_at = time.monotonic()
 
     def submit(self, replica: int, assignments: list[Assignment]) -> None:
@@ -92,15 +94,22 @@ class Leader(StepLoop):
         """Before `start`: take over requests whose KV is in the cache."""
         try:
             for replica, scheduler in self._schedulers.items():
-                scheduler.claim([block for one in adoptions if one.replica == replica for block in one.blocks])
+                adopted = [one for one in adoptions if one.replica == replica]
+                scheduler.claim([block for one in adopted for block in one.blocks])
+                scheduler.forget(self._here(replica) - {one.assignment.key for one in adopted})
         except ValueError as error:
             raise GroupBroken(f"blocks promised to requests: {error}") from error
         for adoption in adoptions:
             self._adopt(adoption)
 
+    def _here(self, replica: int) -> set[int]:
+        """Sequences of which there is KV in the cache."""
+        part = self.position.part(replica)
+        return set(part.index.snapshot()) if part is not None else set()
+
     def snapshot(self, epoch: int) -> None:
-        """Report what is resident at the next step boundary, and go on."""
-        self._commands.put(lambda: self._report(Residents(epoch, self.position.number, self._residents())))
+        """Report what is resident on every rank at the next step boundary, and go on."""
+        self._commands.put(lambda: self._report(Residents(epoch, self.position.number, self._proven())))
 
     def reserve(self, epoch: int, wanted: list[Wanted]) -> None:
         """Set blocks aside for requests that will join in `epoch`, as long as running ones keep a spare each."""
@@ -111,20 +120,24 @@ class Leader(StepLoop):
         self._commands.put(lambda: self._graft(epoch, adoptions))
 
     def _reserve(self, epoch: int, wanted: list[Wanted]) -> None:
-        seats = self._reserved.setdefault(epoch, {})
         for one in wanted:
-            blocks = self._schedulers[one.replica].reserve(one.tokens)
-            if blocks is not None:
-                seats[one.key] = Seat(one.key, one.replica, blocks)
-        self._report(Reserved(epoch, list(seats.values())))
+            place = one.replica, one.key
+            # A seat of an attempt that failed will do: whatever is still written there is the same request's.
+            held = self._seats[place][1].blocks if place in self._seats else []
+            more = self._schedulers[one.replica].reserve(one.tokens, len(held))
+            if more is not None:
+                self._seats[place] = epoch, Seat(one.key, one.replica, [*held, *more])
+        self._report(Reserved(epoch, [seat for reserved_for, seat in self._seats.values() if reserved_for == epoch]))
 
     def _graft(self, epoch: int, adoptions: list[Adoption]) -> None:
-        seats = self._reserved.pop(epoch, {})
         for adoption in adoptions:
-            if seats.pop(adoption.assignment.key, None) is not None:  # else the epoch was abandoned before this came
-                self._adopt(adoption)
-        for seat in seats.values():
-            self._schedulers[seat.replica].release(seat.blocks)
+            _, seat = self._seats.pop((adoption.replica, adoption.assignment.key), (epoch, None))
+            if seat is not None:  # else it has been freed since
+                self._adopt(structs.replace(adoption, blocks=seat.blocks))
+        for place in [place for place, (reserved_for, _) in self._seats.items() if reserved_for == epoch]:
+            _, empty = self._seats.pop(place)
+            self._schedulers[empty.replica].release(empty.blocks)
+            self._schedulers[empty.replica].forget([empty.key])
 
     def _adopt(self, adoption: Adoption) -> None:
         request = scheduled(adoption.assignment)
@@ -168,6 +181,10 @@ class Leader(StepLoop):
         except queue.Empty:
             self.resting = False
             self._expire(time.monotonic())
+        self._keep_alive()
+
+    def _keep_alive(self) -> None:
+        """The other ranks wait for plans, and not for ever."""
         if time.monotonic() - self._spoke_at > self._keepalive_s:
             self._broadcast(encode(StepPlan(IDLE_STEP, [])))
 
@@ -195,8 +212,19 @@ class Leader(StepLoop):
             drawn = _token_decoder.decode(self.position.group.receive_bytes(self.position.tail))
         self.position.group.check()
         self.steps += 1
+        self._prove(plan, drawn)
         replica = self.position.replicas[plan.part]
         self._tell(replica, self._schedulers[replica].complete(plan, drawn))
+
+    def _prove(self, plan: StepPlan, drawn: Sequence[SampledToken]) -> None:
+        """Tokens that were drawn show that all ranks have computed everything up to them; without any, a step may be
+        no more than launched.
+        """
+        if drawn:
+            self._unproven.clear()
+        else:
+            fresh = {one.key: min(one.start, self._unproven.get(one.key, one.start)) for one in plan.sequences}
+            self._unproven |= fresh
 
     def _expire(self, now_s: float) -> None:
         for replica, scheduler in self._schedulers.items():
@@ -216,6 +244,14 @@ class Leader(StepLoop):
     def _residents(self) -> list[Resident]:
         return [Resident(*one) for scheduler in self._schedulers.values() for one in scheduler.snapshot()]
 
+    def _proven(self) -> list[Resident]:
+        limits = self._unproven
+        found = [
+            structs.replace(one, cached_tokens=min(one.cached_tokens, limits.get(one.key, one.cached_tokens)))
+            for one in self._residents()
+        ]
+        return [one for one in found if one.cached_tokens]
+
     def _granted(self) -> bool:
         """Wait until the journal can take another report; False if the loop is stopped meanwhile."""
         self.resting = True
@@ -223,6 +259,7 @@ class Leader(StepLoop):
             while not self._window.acquire(timeout=0.5):
                 if self._stopped.is_set():
                     return False
+                self._keep_alive()
             return True
         finally:
             self.resting = False

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakMethod
 
 import torch
 
@@ -36,7 +37,7 @@ from serving.worker.clearing import clear_aside
 from serving.worker.communicators import Communicators
 from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
-from serving.worker.kv_movement import KvMover
+from serving.worker.kv_movement import KvMover, meet_leader
 from serving.worker.leader import Leader
 from serving.worker.loops import step_loop
 from serving.worker.movement import HeldTensor, WeightMover
@@ -76,6 +77,7 @@ class Worker:
         self._communicators = Communicators()
         self._checkpoints = Checkpoints(settings.models)
         self._held: dict[str, HeldTensor] = {}
+        self._preparing = 0  # epochs
         self._prepared: dict[int, PreparedRole] = {}
         self._abandoned_through = -1
         self._loop: StepLoop | None = None
@@ -104,6 +106,8 @@ class Worker:
             unacknowledged_s=settings.timeouts.lease_s,
         )
         self._connection = connection
+        if self._held:  # of an earlier controller, or of this one before the connection was lost
+            connection.send(m.Preloaded([one.box for one in self._held.values()]))
         beat = asyncio.create_task(self._beat(connection))
         try:
             async for message in connection:
@@ -140,7 +144,8 @@ class Worker:
                     message.epoch, "prepare", lambda: self._aside(lambda: self._prepare(message, connection))
                 )
             case m.Preload(boxes=boxes):
-                self._in_thread(-1, "preload", lambda: self._aside(lambda: self._preload(boxes)))
+                connection = self._connection
+                self._in_thread(-1, "preload", lambda: self._aside(lambda: self._preload(boxes, connection)))
             case m.Pause(replica=replica):
                 self._to_leader(replica, Leader.pause)
             case m.Snapshot(epoch=epoch, replica=replica):
@@ -198,6 +203,15 @@ class Worker:
     # -- phases (each in its own thread) --------------------------------------------------------
 
     def _prepare(self, order: m.Prepare, connection: Connection[m.Downward] | None) -> m.Message:
+        with self._lock:
+            self._preparing += 1
+        try:
+            return self._prepare_role(order, connection)
+        finally:
+            with self._lock:
+                self._preparing -= 1
+
+    def _prepare_role(self, order: m.Prepare, connection: Connection[m.Downward] | None) -> m.Message:
         timeouts, host = self._settings.timeouts, self._settings.host
         build = Build(
             specs=self._checkpoints.specs,
@@ -235,19 +249,21 @@ class Worker:
         traffic = result.traffic
         return m.Prepared(order.epoch, result.local_bytes, traffic.received_bytes, result.disk_bytes, traffic.seconds)
 
-    def _preload(self, boxes: list[Box]) -> m.Message:
+    def _preload(self, boxes: list[Box], connection: Connection[m.Downward] | None) -> m.Message:
         """A spare fetches weights before they are needed; a role that comes meanwhile is more important."""
         loaded = {}
         for box in boxes:
-            if self._loop is not None or self._prepared:
-                raise GroupBroken("a role came before the weights were in")
+            self._check_idle(connection)
             data = self._checkpoints.read(box.tensor, box.start, box.stop)
             loaded[box.tensor] = HeldTensor(box, data.to(self._device, weight_dtype(self._settings.engine)))
         with self._lock:
-            if self._loop is not None or self._prepared:
-                raise GroupBroken("a role came before the weights were in")
+            self._check_idle(connection)
             self._held = loaded
         return m.Preloaded(boxes)
+
+    def _check_idle(self, connection: Connection[m.Downward] | None) -> None:
+        if self._loop is not None or self._prepared or self._preparing or connection is not self._connection:
+            raise GroupBroken("a role came before the weights were in")
 
     def _copy(self, order: m.Copy) -> m.Message:
         prepared = self._prepared[order.epoch]
@@ -259,12 +275,14 @@ class Worker:
         self._wait_until_stopped(order)
         stopped = time.monotonic()
         traffic = self._exchange(prepared, order, 1.0)
+        self._await_ranks(prepared, order)
         moved = time.monotonic()
-        self._retire(order.retire)
         with self._lock:
             if order.epoch not in self._prepared:
                 raise GroupBroken("the epoch was abandoned meanwhile")
-            done = [self._prepared.pop(order.epoch)]
+            done: list[object] = [self._prepared.pop(order.epoch)]
+            if self._runs(order.retire):
+                done.append(self._give_way())
             self._take_over(order, prepared)
         del prepared  # taking its group down must not hold the answer up
         clear_aside(done)
@@ -273,12 +291,21 @@ class Worker:
         return m.Switched(order.epoch, traffic.sent_bytes, traffic.seconds)
 
     def _wait_until_stopped(self, order: m.Switch) -> None:
-        """The last tokens of a paused replica are there once its loop has ended."""
+        """The last tokens of a paused replica are there once its loop has ended, and the device is done with it."""
         loop = self._loop
         if loop is not None and self._runs(order.retire):
             loop.join(self._settings.timeouts.pause_s)
             if loop.is_alive():
                 raise GroupBroken("the old replica did not stop in time")
+            for part in loop.position.parts:
+                part.index.catch_up()
+
+    def _await_ranks(self, prepared: PreparedRole, order: m.Switch) -> None:
+        """A running replica takes sequences in once every rank has their KV: the others tell its leader so."""
+        loop = self._loop
+        if loop is None or not any(pieces.replica in loop.position.replicas for pieces in order.receives):
+            return
+        meet_leader(prepared.group, [prepared.world.index(name) for name in loop.position.role.members])
 
     def _exchange(self, prepared: PreparedRole, order: m.Copy | m.Switch, share: float) -> Traffic:
         """Move the KV of an order, beside whatever is computed meanwhile."""
@@ -291,6 +318,8 @@ class Worker:
             self._settings.capacity.transfer_bytes,
         )
         traffic = mover.run(order.sends, order.receives, share=share)
+        if self._side_stream is not None:
+            self._side_stream.synchronize()  # what came from this worker's own memory, too
         self._note(prepared, order.receives)
         return traffic
 
@@ -330,6 +359,13 @@ class Worker:
             self._loop.start()
         elif isinstance(self._loop, Leader):
             self._loop.graft(order.epoch, order.adoptions)
+        self._tell_copies()
+
+    def _tell_copies(self) -> None:
+        """While requests were expected the controller took no copy for complete: say again how they are."""
+        loop = self._loop
+        for part in loop.position.parts if loop is not None else ():
+            part.index.start_over(())
 
     def _step_loop(self, epoch: int, position: Position, adoptions: list[m.Adoption]) -> StepLoop:
         post, settings = self._poster(), self._settings
@@ -344,6 +380,19 @@ class Worker:
         )
 
     # -- letting go -----------------------------------------------------------------------------
+
+    def _give_way(self) -> StepLoop:
+        """Stop the loop for the next one, and keep its caches at hand."""
+        loop = self._set_aside()
+        if not loop.ended:
+            loop.position.abort()
+        return loop
+
+    def _set_aside(self) -> StepLoop:
+        """Stop the loop and keep its caches at hand: whoever takes over may fail."""
+        assert self._loop is not None
+        self._copies.salvage(self._loop.position)
+        return self._stop_loop()
 
     def _retire(self, replicas: list[int]) -> None:
         with self._lock:
@@ -375,9 +424,8 @@ class Worker:
         caches now, so that comes a little later, or when this device is to compute again.
         """
         with self._lock:
-            if self._loop is not None and self._runs([replica]):
-                self._copies.salvage(self._loop.position)
-                self._broken.append(self._stop_loop())
+            if self._runs([replica]):
+                self._broken.append(self._set_aside())
                 later = threading.Timer(_BROKEN_S if self._side_stream else 0.0, self._end_broken)
                 later.daemon = True
                 later.start()
@@ -402,6 +450,7 @@ class Worker:
                 part.gate = self._copies.stream(part, address, partial(_tell_state, post, replica))
 
     def _survey(self, order: m.Survey) -> m.Message:
+        self._copies.freeze(order.ended)
         return m.Holdings(order.epoch, self._copies.holdings(order.replicas))
 
     def _abandon(self, epoch: int) -> None:
@@ -410,19 +459,31 @@ class Worker:
             void = [self._prepared.pop(ready) for ready in list(self._prepared) if ready <= epoch]
         for group in [prepared.group for prepared in void]:
             group.abort()
-        if isinstance(self._loop, Leader):
-            self._loop.graft(epoch, [])  # reservations for it are free again
+        loop = self._loop
+        if isinstance(loop, Leader):
+            self._free_later(loop, epoch)
+        self._tell_copies()
         clear_aside(void)
+
+    def _free_later(self, leader: Leader, epoch: int) -> None:
+        """Reservations for an epoch are free again once no rank can still be writing there: one that has not heard of
+        its end for so long is lost, and the replica with it.
+        """
+        free = WeakMethod(leader.graft)  # it may be gone before, and must not wait for this with all that it holds
+        later = threading.Timer(self._settings.timeouts.lease_s, lambda: (graft := free()) and graft(epoch, []))
+        later.daemon = True
+        later.start()
 
     def _forget_everything(self) -> None:
         """Without a controller nothing here is in force; the weights stay for the next one."""
+        self._connection = None  # what threads still bring to an end is void
+        self._abandon(max(self._prepared, default=-1))
         if self._loop is not None:
             self._retire(self._loop.position.replicas)
         self._keep([])
-        self._abandon(max(self._prepared, default=-1))
         self._end_broken()
         self._communicators.clear()
-        self._connection, self._abandoned_through = None, -1
+        self._abandoned_through = -1
 
 
 def _tell_state(post: Callable[[m.Message], None], replica: int, complete: bool) -> None:

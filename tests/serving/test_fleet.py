@@ -154,6 +154,8 @@ async def test_a_controller_that_is_killed_finds_its_workers_again(
         fleet.start_controller()
     (started,) = [event for event in await fleet.events() if event.kind == "controller_started"]
     assert started.data["resumed_requests"] > 0
+    first = next(event for event in await fleet.events() if event.kind == "layout")
+    assert first.data["moved"]["weights_local_bytes"] > 0, "workers said what they held"
     after = await fleet.ready(2)
     assert after.epoch > before.epoch
     assert {name: fleet.worker(name).pid for name in workers} == workers

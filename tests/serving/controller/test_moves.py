@@ -79,6 +79,22 @@ def test_running_replicas_are_asked_for_room_for_their_own_model_only(moves: Mov
     assert [heir.key for heir in moves.heirs()] == [10], "nobody runs the other one's model: it will be computed again"
 
 
+def test_a_seat_in_a_running_replica_grows_with_its_sequence(moves: Moves) -> None:
+    """Copying may take longer than what was added in advance lasts."""
+    retired, joined = [replica(1, "a", 0, 10)], [replica(6, "a", 1)]
+    moves.take_in(retired, residents(10))
+    ((one,),) = moves.wanted(joined).values()
+    blocks = list(range(-(-one.tokens // BLOCK_TOKENS)))
+    moves.reserve(joined, [m.Seat(10, 6, blocks)])
+    assert not moves.wanted(joined)
+    moves.take_in(retired, residents(10, tokens=7 + BLOCK_TOKENS))
+    ((more,),) = moves.wanted(joined).values()
+    assert (more.key, more.replica, more.tokens) == (10, 6, one.tokens + BLOCK_TOKENS)
+    moves.reserve(joined, [m.Seat(10, 6, [*blocks, 99])])
+    (heir,) = moves.heirs()
+    assert heir.blocks == (*blocks, 99)
+
+
 def test_who_ends_leaves_its_seat(moves: Moves) -> None:
     retired = [replica(1, "a", 0, 10, 12)]
     moves.offer(replica(3, "a", 1, blocks=4), ())

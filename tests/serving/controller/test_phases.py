@@ -27,14 +27,14 @@ async def test_nobody_to_wait_for() -> None:
     assert await Phase("move", []).wait(0.0) == {}
 
 
-async def test_only_the_loss_of_somebody_awaited_matters() -> None:
+async def test_a_failure_ends_it_and_says_what_it_was_at() -> None:
     phase: Phase[int] = Phase("prepare", [A, B])
     phase.answer(A, 1)
-    phase.lost(A, "gone")
-    phase.lost(C, "gone")
+    assert not phase.expects(A)
+    assert phase.expects(B)
     waiting = asyncio.create_task(phase.wait(5.0))
     await asyncio.sleep(0)
-    phase.lost(B, "gone")
+    phase.fail("i/1 was lost (gone)")
     with pytest.raises(TransitionFailed, match=r"prepare: i/1 was lost \(gone\)"):
         await waiting
 

@@ -191,6 +191,9 @@ async def test_spares_get_ready_for_the_position_of_an_advised_instance(
         spare, boxes = scene.peers["c"], [position_boxes(spec, two, rank) for rank in range(2)]
         await scene.until(lambda: len(spare.all_heard(m.Preload)) == 1)
         assert spare.all_heard(m.Preload) == [m.Preload(list(boxes[0]))]
+        scene.fleet.fleet_changed()
+        await asyncio.sleep(0.1)
+        assert len(spare.all_heard(m.Preload)) == 1, "it is at it"
         spare.worker.send(m.Preloaded(list(boxes[0])))
         leaving = scene.devices()[1].instance
         scene.peers[leaving].agent.send(m.Advice(leaving, "aws"))
@@ -232,6 +235,37 @@ async def test_requests_of_a_paused_replica_are_replayed_when_the_switch_fails(
         await scene.until(lambda: [one.replica for one in leader.all_heard(m.Submit)][-1:] == [record.replica])  # type: ignore[union-attr]
         assert record.recoveries == 1
         assert any(old in order.replicas for order in scene.peers["a"].all_heard(m.Retire))  # type: ignore[union-attr]
+
+
+async def test_what_a_retired_replica_has_is_kept_until_everybody_has_switched(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
+) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        record = await scene.request()
+        old = record.replica
+        await scene.add("b", answer=once(m.Switch, fail))
+        await scene.layout("a", "b")
+        heard = scene.peers["a"].heard
+
+        def let_go() -> list[int]:
+            return [place for place, one in enumerate(heard) if isinstance(one, m.Retire) and old in one.replicas]
+
+        await scene.until(lambda: bool(let_go()))
+        surveyed = next(place for place, one in enumerate(heard) if isinstance(one, m.Survey) and old in one.ended)
+        assert min(let_go()) > surveyed, "its cache was there to go on from"
+
+
+async def test_what_moves_is_counted(tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        await scene.add("b")
+        await scene.layout("a", "b")
+        moved = scene.fleet._metrics.registry.get_sample_value("perennial_moved_bytes_total", {"what": "weights"})
+        assert moved is not None
+        assert moved > 0
 
 
 async def test_a_request_may_end_while_its_cache_moves(tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> None:

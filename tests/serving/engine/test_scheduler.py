@@ -296,6 +296,33 @@ def test_wrong_requests_are_refused() -> None:
     assert scheduler.kv_usage == 0.0
 
 
+def test_running_requests_keep_a_spare_block_each() -> None:
+    scheduler = scheduler_of(blocks=8, block_tokens=4, max_batch=4)
+    for key in (1, 2):
+        scheduler.add(ScheduledRequest(key, [1] * 4))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert scheduler.reserve(17) is None, "six are free, two of them spare"
+    blocks = scheduler.reserve(16)
+    assert blocks is not None
+    assert scheduler.reserve(17, held=4) is None
+    assert scheduler.reserve(16, held=4) == []
+    scheduler.release(blocks)
+
+
+def test_the_next_plan_says_whose_kv_is_void_unless_it_has_come_meanwhile() -> None:
+    scheduler = scheduler_of()
+    scheduler.forget([7, 8])
+    blocks = scheduler.reserve(3)
+    assert blocks is not None
+    scheduler.adopt(ScheduledRequest(8, [1] * 3), 2, blocks)
+    scheduler.add(ScheduledRequest(9, [1] * 3))
+    scheduler.forget([8, 9])  # a late word of an earlier attempt: what there is of the second is not its own
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert plan.ended == [7, 9]
+
+
 def test_sampling_is_wanted_for_the_last_token_only() -> None:
     scheduler = scheduler_of(step_tokens=2)
     sampling = Sampling(temperature=0.5, seed=3)

@@ -54,6 +54,19 @@ def grow(index: KvIndex, step: int, *sequences: tuple[int, int, int, list[int]])
     return made
 
 
+class Passed:
+    """A mark that the device has been through, or will have when it is told so."""
+
+    def __init__(self, passed: bool = True) -> None:
+        self.passed = passed
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+
 def held_up_s(stream: KvStream, step: StepPlan, *, lag: int) -> float:
     began = time.monotonic()
     stream.hold(step, lag)
@@ -209,7 +222,7 @@ def test_a_sequence_that_starts_anew_is_another_one() -> None:
 
 
 def test_what_the_device_is_at_is_copied_a_step_later_unless_somebody_waits_for_it() -> None:
-    index, marks = KvIndex(), [object(), object()]
+    index, marks = KvIndex(), [Passed(), Passed()]
     for number, mark in enumerate(marks):
         made = plan(number, (1, 4 + number, 1, [3, 7]))
         index.begin(made)
@@ -222,6 +235,38 @@ def test_what_the_device_is_at_is_copied_a_step_later_unless_somebody_waits_for_
     assert index.wait(look.changes, 0.0)
     assert index.look(all_of_it=False).cached[1].tokens == 6
     assert index.look(all_of_it=False).cached[1].tokens == 5  # who was in a hurry has seen it
+
+
+def test_a_failure_leaves_what_the_device_has_been_through() -> None:
+    """Chunks of a prompt are launched one after the other, and a device that waits for a lost peer computes none."""
+    index, marks = KvIndex(), [Passed(), Passed(False), Passed(False)]
+    for number, mark in enumerate(marks):
+        made = plan(number, (1, 4 * number, 4, list(range(3))), (2, 20 + number, 1, [3, 4, 5, 6, 7, 8]))
+        index.begin(made)
+        index.finish(made, mark)
+    assert {key: one.tokens for key, one in index.snapshot().items()} == {1: 12, 2: 23}
+    assert {key: one.tokens for key, one in index.computed().items()} == {1: 4, 2: 21}
+    marks[1].passed = True
+    assert {key: one.tokens for key, one in index.computed().items()} == {1: 8, 2: 22}
+    index.catch_up()
+    assert index.computed() == index.snapshot()
+
+
+async def test_nothing_is_added_to_the_copy_of_a_replica_that_has_ended(keeper: Keeper) -> None:
+    """Whoever restores from it reads it meanwhile: a stream that goes on would reuse its blocks, or begin anew."""
+    index = KvIndex()
+    grow(index, 1, (1, 0, 6, [3, 7]))
+    stream = KvStream(keeper.address, "secret", 5, cache(), index, frame_bytes=1 << 20)
+    stream.start()
+    try:
+        await until(lambda: kept(keeper) == {1: 6})
+        keeper.freeze([5])
+        (before,) = keeper.holdings([5])
+        grow(index, 2, (1, 6, 1, [3, 7]), (2, 0, 2, [1]))
+        await asyncio.sleep(1.2)  # it is refused, and comes again twice
+        assert keeper.holdings([5]) == [before]
+    finally:
+        stream.stop()
 
 
 def test_nobody_waits_for_the_copy_of_a_long_prompt() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from planning.resharding import Box
 from serving.engine.kv_cache import KvCache
 from serving.messages import KvPieces, KvSpan, WeightPieces
 from serving.worker.groups import Group, GroupBroken
-from serving.worker.kv_movement import KvMover
+from serving.worker.kv_movement import KvMover, meet_leader
 from serving.worker.movement import HeldTensor, WeightMover, arenas
 from serving.worker.rounds import Traffic
 from tests.serving.engine.cells import extract
@@ -133,6 +134,21 @@ def test_what_has_come_is_passed_on(apart: tuple[int, ...]) -> None:
         assert torch.equal(result.tensors["w"].data, whole)
         assert (result.traffic.received_bytes, result.traffic.sent_bytes) == (4 * 48, 4 * 24)
     assert results[0].traffic.sent_bytes == 4 * 48
+
+
+def test_a_leader_waits_for_all_other_ranks_and_they_for_nobody() -> None:
+    groups, ended = meet(3), [0.0] * 3
+    began = time.monotonic()
+
+    def work(rank: int) -> None:
+        if rank == 2:
+            time.sleep(0.4)
+        meet_leader(groups[rank], [1, 0, 2])
+        ended[rank] = time.monotonic() - began
+
+    everyone(3, work)
+    assert ended[0] < 0.3
+    assert ended[1] >= 0.4
 
 
 def test_arenas_hold_consecutive_tensors() -> None:
