@@ -7,15 +7,17 @@ import contextlib
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from data.cluster import ClusterSpec
 from data.errors import InvalidInput
 from perennial.fleet import Fleet, with_ports
 from perennial.models import checkpoint_fields
 from perennial.settings import Settings, load_settings
 from serving.errors import PerennialError
-from serving.settings import EngineSettings, ServingSettings
+from serving.settings import EngineSettings, ServingSettings, usual_dtype
 
 _POLL_S = 0.2
 _FIRST_BACKOFF_S = 0.5
@@ -41,46 +43,67 @@ class ServeOptions:
     port: int
     control_port: int
     metrics_port: int
+    token: str
+    leave_agents: bool
 
 
-def engine_settings(device: str, dtype: str, kv_memory_bytes: int) -> EngineSettings:
-    """Engine settings of a device: float32 on cpu and bfloat16 on cuda unless `dtype` says otherwise."""
-    if device not in ("cpu", "cuda"):
-        raise InvalidInput(f"--device takes cpu or cuda, not {device!r}")
-    usual = "bfloat16" if device == "cuda" else "float32"
-    return EngineSettings(device=device, dtype=dtype or usual, kv_memory_bytes=kv_memory_bytes)
+def usual_kv_bytes(device: str, cluster: ClusterSpec) -> int:
+    """Memory for KV on each device: 64 MB on cpu; on cuda a quarter of the smallest device that the plan counts with.
+
+    While a layout is changed, weights and caches of the old and the new one are in memory together.
+    """
+    if device == "cpu":
+        return EngineSettings().kv_memory_bytes
+    return min(kind.memory_bytes for kind in cluster.types) // 4
 
 
 def run(options: ServeOptions) -> int:
     """Serve until a signal; returns the exit code."""
     settings = load_settings()
-    configuration = _configuration(options, settings)
+    usual_dtype(options.device)  # a wrong device is said before a plan is looked for
+    models = checkpoint_fields(options.checkpoint)
+    if options.leave_agents and not options.control_port:
+        raise InvalidInput("agents find the next controller at the same port: --leave-agents needs a --control-port")
+    source = _source(options, settings)
+    cluster = _cluster_of(source)
     fleet = Fleet(
-        with_ports(configuration),
+        with_ports(_configuration(options, settings, models, source, cluster)),
         home=settings.service,
-        instance_type=options.type_name or _type_of(options, settings),
+        instance_type=options.type_name or cluster.types[0].name,
         devices_per_instance=options.devices,
     )
     return asyncio.run(_serve(fleet, options.local))
 
 
-def _configuration(options: ServeOptions, settings: Settings) -> ServingSettings:
-    models = checkpoint_fields(options.checkpoint)
-    if options.plan is not None and not options.plan.is_file():
-        raise InvalidInput(f"there is no plan book {options.plan}; make one with `perennial plan`")
-    registry = {} if options.plan else {"registry": options.registry or settings.registry_uri}
-    model = {} if options.plan else {"registry_model": options.model or _only_plan(options, settings)}
+def _configuration(
+    options: ServeOptions, settings: Settings, models: dict[str, Any], source: dict[str, str], cluster: ClusterSpec
+) -> ServingSettings:
+    engine = EngineSettings(
+        device=options.device,
+        dtype=options.dtype or usual_dtype(options.device),
+        kv_memory_bytes=options.kv_memory_bytes or usual_kv_bytes(options.device, cluster),
+    )
     return settings.serving(
-        engine=engine_settings(options.device, options.dtype, options.kv_memory_bytes),
+        engine=engine,
         **models,
-        plan=str(options.plan.absolute()) if options.plan else "",
+        **source,
+        **({"token": options.token} if options.token else {}),
         host=options.host,
         grpc_port=options.port,
         control_port=options.control_port,
         metrics_port=options.metrics_port,
-        **registry,
-        **model,
+        dismiss=not options.leave_agents,
     )
+
+
+def _source(options: ServeOptions, settings: Settings) -> dict[str, str]:
+    """Where the plan book comes from, as fields of `ServingSettings`: a file, or a registered plan."""
+    if options.plan is None:
+        uri = options.registry or settings.registry_uri
+        return {"registry": uri, "registry_model": options.model or _only_plan(options, settings)}
+    if not options.plan.is_file():
+        raise InvalidInput(f"there is no plan book {options.plan}; make one with `perennial plan`")
+    return {"plan": str(options.plan.absolute())}
 
 
 def _only_plan(options: ServeOptions, settings: Settings) -> str:
@@ -100,17 +123,16 @@ def _only_plan(options: ServeOptions, settings: Settings) -> str:
     return names[0]
 
 
-def _type_of(options: ServeOptions, settings: Settings) -> str:
-    """The first instance type of the plan book."""
+def _cluster_of(source: dict[str, str]) -> ClusterSpec:
+    """The fleet that the plan book was made for."""
     from serving.controller.plans import PlanSource, read_plan_file
 
-    if options.plan is not None:
-        return read_plan_file(options.plan).cluster.types[0].name
-    uri = options.registry or settings.registry_uri
-    found = PlanSource(uri, options.model or _only_plan(options, settings), "champion").poll()
+    if "plan" in source:
+        return read_plan_file(Path(source["plan"])).cluster
+    found = PlanSource(source["registry"], source["registry_model"], "champion").poll()
     if found is None:
-        raise PerennialError(f"no plan is champion in {uri}; promote one with `perennial plans promote`")
-    return found[0].cluster.types[0].name
+        raise PerennialError(f"no plan is champion in {source['registry']}; promote one with `perennial plans promote`")
+    return found[0].cluster
 
 
 async def _serve(fleet: Fleet, local: int) -> int:
@@ -128,7 +150,8 @@ async def _serve(fleet: Fleet, local: int) -> int:
         if not stopping.is_set():
             _announce(console, fleet, local)
             await _watch(console, fleet, stopping)
-            await _drain(console, fleet, again)
+            if fleet.settings.dismiss:  # otherwise requests go on after the next start
+                await _drain(console, fleet, again)
     finally:
         left = await fleet.close()
     if left:

@@ -28,7 +28,6 @@ class Settings(BaseSettings):
 
     home: Path = Path(".perennial")
     debug: bool = False
-    log_level: str = "INFO"
     address: str = ""  # of a running service; empty: the one that `perennial serve` started in this home
     registry: str = ""  # MLflow tracking URI; empty: SQLite in this home
     timeouts: dict[str, float] = Field(default_factory=dict)

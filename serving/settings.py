@@ -77,6 +77,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     free_step_s: float = 0.0  # with numerics "free": how long a step takes
 
+    @property
+    def element_bytes(self) -> int:
+        """Of weights and KV."""
+        return 4 if self.dtype == "float32" else 2
+
+
+def usual_dtype(device: str) -> str:
+    """What a device computes in unless somebody says otherwise: float32 on cpu, bfloat16 on cuda."""
+    if device not in ("cpu", "cuda"):
+        raise InvalidInput(f"--device takes cpu or cuda, not {device!r}")
+    return "bfloat16" if device == "cuda" else "float32"
+
 
 class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Handed to controller, agents and workers as one JSON file.
@@ -93,6 +105,7 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
     control_port: int = 0
     metrics_port: int = 0
     expected_instances: int = 1
+    dismiss: bool = True  # agents at the end of the controller; otherwise they wait for the next one
     plan: str = ""  # a plan book file, or
     registry: str = ""  # an MLflow tracking URI with
     registry_model: str = ""  # a registered model, and

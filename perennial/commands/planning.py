@@ -26,7 +26,7 @@ Request = TypeVar("Request", bound="BaseModel")
 
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; empty: the device's usual one.")]
 Numerics = Annotated[str, typer.Option(help="exact, native, or auto: exact on cpu, native on cuda.")]
 Shards = Annotated[int, typer.Option(help="Largest tensor-parallel degree to measure; 0: as many as devices.")]
 Budget = Annotated[float, typer.Option("--budget", help="Seconds to spend on step times.")]
@@ -59,7 +59,7 @@ def plan_groups(
 def profile(
     checkpoint: Checkpoint,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "",
     numerics: Numerics = "auto",
     max_shards: Shards = 0,
     budget_s: Budget = 12.0,
@@ -67,9 +67,9 @@ def profile(
 ) -> None:
     """Measure step and link times of a checkpoint's model on this machine's devices."""
     from planning.costs import holdout_error
-    from serving.settings import EngineSettings
+    from serving.settings import EngineSettings, usual_dtype
 
-    engine = EngineSettings(device=device, dtype=dtype, numerics=numerics)
+    engine = EngineSettings(device=device, dtype=dtype or usual_dtype(device), numerics=numerics)
     with bar() as report:
         measured, folder = _measure(checkpoint, engine, max_shards, budget_s, out, report)
     if out is not None and folder != out:
@@ -109,7 +109,7 @@ def plan(
     waiting_usd_h: Annotated[float, typer.Option(help="For journey: what an hour of waiting is worth.")] = 20.0,
     max_batch: Annotated[int, typer.Option(help="Most requests a replica runs at once.")] = 8,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "",
     numerics: Numerics = "auto",
     max_shards: Shards = 0,
     budget_s: Budget = 12.0,
@@ -126,9 +126,10 @@ def plan(
     from flows.fleet_steps import FleetRequest
     from flows.plan import PlanRequest
     from perennial.settings import load_settings
+    from serving.settings import usual_dtype
 
     settings = load_settings()
-    engine = {"device": device, "dtype": dtype, "numerics": numerics, "max_shards": max_shards}
+    engine = {"device": device, "dtype": dtype or usual_dtype(device), "numerics": numerics, "max_shards": max_shards}
     where = {"home": str(settings.home.absolute()), "registry": settings.registry_uri}  # scheduled runs start elsewhere
     if fleet is not None:
         FleetFile.read(fleet)  # a mistake in it is said before Prefect has started

@@ -12,7 +12,7 @@ import typer
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; empty: the device's usual one.")]
-KvMemory = Annotated[int, typer.Option("--kv-memory-mb", min=1, help="Memory for KV on each device.")]
+TokenFile = Annotated[Path | None, typer.Option(help="Join token; by default the one of this home.")]
 Checkpoint = Annotated[
     list[str], typer.Option(help="Folder of a Hugging Face checkpoint; for several models NAME=FOLDER, repeated.")
 ]
@@ -36,11 +36,18 @@ def serve(
     type_name: InstanceType = "",
     device: Device = "cpu",
     dtype: Dtype = "",
-    kv_memory_mb: KvMemory = 64,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    kv_memory_mb: Annotated[
+        int, typer.Option(min=0, help="Memory for KV on each device; 0: 64 on cpu, a quarter of the device on cuda.")
+    ] = 0,
+    host: Annotated[str, typer.Option(help="Address of this machine to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC; 0: a free one.")] = 50051,
     control_port: Annotated[int, typer.Option(min=0, max=65535, help="For agents; 0: a free one.")] = 0,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Prometheus; 0: a free one.")] = 0,
+    token_file: TokenFile = None,
+    leave_agents: Annotated[
+        bool,
+        typer.Option("--leave-agents", help="Drain and dismiss nobody at the end: the next start goes on."),
+    ] = False,
 ) -> None:
     """Serve checkpoints by a plan book; Ctrl-C drains, a second one stops at once."""
     from perennial.serve import ServeOptions, run
@@ -62,6 +69,8 @@ def serve(
                 port=port,
                 control_port=control_port,
                 metrics_port=metrics_port,
+                token=_read_token(token_file),
+                leave_agents=leave_agents,
             )
         )
     )
@@ -75,11 +84,10 @@ def agent(
     devices: Devices = 1,
     device: Device = "cpu",
     dtype: Dtype = "",
-    kv_memory_mb: KvMemory = 64,
     host: Annotated[
         str, typer.Option(help="Address of this machine at which the workers of others reach its.")
     ] = "127.0.0.1",
-    token_file: Annotated[Path | None, typer.Option(help="Join token; by default the one of this home.")] = None,
+    token_file: TokenFile = None,
     zone: Annotated[str, typer.Option(help="Where this machine is; copies of its KV are kept in another zone.")] = "",
     notices: Annotated[
         str, typer.Option(help="Who announces the end: aws, gcp, azure, ray, file:PATH; separated by commas.")
@@ -89,26 +97,39 @@ def agent(
     """Join this machine to a service as one instance. SIGTERM is a preemption notice."""
     from data.errors import InvalidInput
     from perennial.models import checkpoint_fields
-    from perennial.serve import engine_settings
     from perennial.settings import load_settings
-    from serving import settings as serving_settings
+    from serving.settings import EngineSettings, dump, usual_dtype
 
     settings = load_settings()
     if not controller.rpartition(":")[2].isdigit():
         raise InvalidInput(f"--controller takes host:port, not {controller!r}")
     models = checkpoint_fields(checkpoint)
-    token = token_file.read_text(encoding="ascii").strip() if token_file else settings.join_token()
     configuration = settings.serving(
         **models,
         host=host,
-        token=token,
-        engine=engine_settings(device, dtype, kv_memory_mb << 20),
+        token=_read_token(token_file) or settings.join_token(),
+        engine=EngineSettings(device=device, dtype=dtype or usual_dtype(device)),
     )
     file = settings.service / f"agent-{instance}.json"
     file.touch(0o600)
-    file.write_bytes(serving_settings.dump(configuration))
+    file.write_bytes(dump(configuration))
     command = [sys.executable, "-m", "serving.agent", "--settings", str(file.absolute()), "--instance", instance]
     command += ["--type", type_name, "--devices", str(devices), "--controller", controller]
     command += ["--zone", zone, "--notices", notices, "--grace-s", str(grace_s)]
     # The agent takes the place of this process, so that its signals and its exit code are those of the command.
     os.execv(sys.executable, command)
+
+
+def _read_token(path: Path | None) -> str:
+    """The join token in a file; "" without one. Raises `InvalidInput` if it cannot be read or is empty."""
+    from data.errors import InvalidInput
+
+    if path is None:
+        return ""
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read a join token from {path}: {error}") from error
+    if not token:
+        raise InvalidInput(f"{path} is empty; put the join token of the service there")
+    return token

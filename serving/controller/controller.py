@@ -111,7 +111,7 @@ class Controller:
             self._ledger.end(record, "abort")
 
     async def close(self) -> None:
-        """Dismiss the fleet and close the journal."""
+        """Stop the fleet and close the journal."""
         for task in self._tasks:
             task.cancel()
         await self.fleet.stop()

@@ -77,5 +77,5 @@ def test_serve_finds_the_only_plan_for_its_models(checkpoints: dict[str, str], t
     registry = Registry(settings.registry_uri, tmp_path / "mlflow-artifacts")
     publish(registry, Release(books(checkpoints)[0]), CHAMPION)
     named = [f"{name}={path}" for name, path in reversed(checkpoints.items())]
-    options = ServeOptions(named, None, "", "", 0, 1, "", "cpu", "", 1 << 20, "127.0.0.1", 0, 0, 0)
+    options = ServeOptions(named, None, "", "", 0, 1, "", "cpu", "", 1 << 20, "127.0.0.1", 0, 0, 0, "", False)
     assert _only_plan(options, settings) == "plan.chat-code.given"
