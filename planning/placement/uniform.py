@@ -23,7 +23,7 @@ from planning.simulation.board import Board, board_of, placement_of, score, simu
 from planning.simulation.requests import Bytes
 from planning.simulation.tables import Ints
 
-_WORTH_BOUNDING = 1_000_000  # requests × replicas: a few ms of filling
+_WORTH_BOUNDING = 300_000  # requests × replicas: a few ms of filling
 _ANY = 2.0  # no score is as high
 
 
