@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import mean, median
@@ -32,7 +32,7 @@ from planning.placement.buckets import mp_search_sep
 from planning.placement.feasibility import breaches, device_bytes, require_feasible
 from planning.placement.policies import policy
 from planning.placement.problem import Problem
-from planning.placement.search import search
+from planning.placement.search import rehearse, search
 from planning.placement.uniform import Found, mp_search
 from planning.simulation.board import simulate_all
 from planning.simulation.discrete import discrete_replay
@@ -269,8 +269,11 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _warm_up(case: PlanningCase) -> None:
+def _warm_up(cases: Sequence[PlanningCase]) -> None:
     """Compile everything before anything is timed."""
+    for one in cases:
+        rehearse(Problem(one.fleet, one.train))
+    case = cases[0]
     short = PlanningCase(
         case.name, case.fleet, case.train.part(0, min(300, len(case.train))), case.heldout[:1], {}, case.document
     )
@@ -301,7 +304,7 @@ def _report(cases: list[PlanningCase], options: argparse.Namespace, console: Con
     options.out.mkdir(parents=True, exist_ok=True)
     scale = machine_scale(options.cases)
     machine = this_machine(numpy=np.__version__).to_json()
-    _warm_up(cases[0])
+    _warm_up(cases)
     rows, failed = [], []
     for case in track(cases, description="placing", console=console):
         try:

@@ -18,7 +18,7 @@ from planning.placement.bound import bound
 from planning.placement.feasibility import breaches, require_feasible
 from planning.placement.futures import Drift, future
 from planning.placement.problem import Problem
-from planning.placement.search import Clock, search
+from planning.placement.search import Clock, rehearse, search
 from planning.simulation.requests import TRIM_S, replay
 
 POLICY = "placement"
@@ -80,7 +80,9 @@ def build_shared_book(inputs: SharedInputs, clock: Clock, occasion: str = "") ->
     something that is better by half a point: a change moves weights. The same holds for the incumbent. Raises
     `Infeasible` naming every model that the whole fleet cannot serve.
     """
-    require_feasible(inputs.problem(inputs.cluster.most[0]).fleet)
+    whole = inputs.problem(inputs.cluster.most[0])
+    require_feasible(whole.fleet)
+    rehearse(whole)
     plans, larger = [], None
     for instances in range(inputs.cluster.most[0], 0, -1):
         plan, larger = _plan(inputs, instances, larger, clock)
