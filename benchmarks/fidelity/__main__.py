@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks.fidelity import compare, shared_compare
 from benchmarks.fidelity.alone import NAMED, create_models
 from benchmarks.fidelity.crew import Job, play_all, shares_of
+from benchmarks.fidelity.drag import elasticity
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.page import markdown, tables, write_page
 from benchmarks.fidelity.recording import Recorded, Recording, SharedRecording, read
@@ -29,6 +30,7 @@ from benchmarks.fidelity.scripts import Script
 from benchmarks.fidelity.shared_scripts import MODELS, SharedScript
 from data.errors import InvalidInput, PerennialError
 from perennial.demo.setting import CPU
+from planning.step_laws import Observed
 from serving.engine.checkpoint import create_checkpoint
 from serving.engine.weights import read_spec
 
@@ -84,10 +86,12 @@ def _chosen(words: list[str]) -> list[str]:
 
 def _compare_all(recorded: list[Recorded]) -> Result:
     """Every run beside its simulation, and what all fleets of one model were charged for their changes."""
-    everything = Measured()
+    everything, again = Measured(), list[tuple[Observed, Observed]]()
     for one in recorded:
         if isinstance(one, Recording):
             everything.add_changes(one.measured)
+            again += one.measured.twice()
+    feel = elasticity(again)
     with tempfile.TemporaryDirectory(prefix="perennial-fidelity-") as folder:
         specs = {name: read_spec(path) for name, path in create_models(Path(folder), list(MODELS)).items()}
         create_checkpoint(str(Path(folder) / "model"), seed=0, **CPU.model)
@@ -97,7 +101,7 @@ def _compare_all(recorded: list[Recorded]) -> Result:
         script = NAMED.get(one.script)
         if isinstance(one, Recording) and isinstance(script, Script):
             told = one.played, one.measured
-            runs.append(compare.compared(script, one.seed, told, everything.charges(), spec))
+            runs.append(compare.compared(script, one.seed, told, everything.charges(), spec, feel=feel))
         elif isinstance(one, SharedRecording) and isinstance(script, SharedScript):
             shared_runs.append(shared_compare.compared(script, one.seed, one.played, specs))
         else:
@@ -105,7 +109,8 @@ def _compare_all(recorded: list[Recorded]) -> Result:
     machines = list({json.dumps(one.machine, sort_keys=True): one.machine for one in recorded}.values())
     bars = {"mean": compare.MEAN_BAR, "p99": compare.P99_BAR, "attainment": shared_compare.ATTAINMENT_BAR}
     machine = machines[0] if len(machines) == 1 else machines
-    return {"machine": machine, "bars": bars, "samples": everything.changes, "runs": runs, "shared_runs": shared_runs}
+    about: Result = {"machine": machine, "bars": bars, "feel": round(feel, 3), "samples": everything.changes}
+    return about | {"runs": runs, "shared_runs": shared_runs}
 
 
 def _write(out: Path, results: Result) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.fidelity.calibration import calibrated
+from benchmarks.fidelity.drag import eased
 from benchmarks.fidelity.drag import summary as drag_summary
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.play import Played, book_of
@@ -42,13 +44,22 @@ def _blocks(spec: ModelSpec, degrees: Degrees) -> int:
     return kv_blocks(spec, Replica(0, 0, config, devices, 0), ENGINE)
 
 
-def compared(script: Script, seed: int, recorded: tuple[Played, Measured], charges: Charges, spec: ModelSpec) -> Result:
-    """One run beside its simulation."""
-    played, own = recorded
-    told = profile(own, charges, spec)
+def compared(
+    script: Script,
+    seed: int,
+    recorded: tuple[Played, Measured],
+    charges: Charges,
+    spec: ModelSpec,
+    *,
+    feel: float = 1.0,
+) -> Result:
+    """One run beside its simulation. `feel`: how much of the drag steps feel."""
+    played, own = recorded[0], recorded[1].eased(feel)
+    told = calibrated(profile(own, charges, spec), own, script)
     book = book_of(script, spec)
+    course = eased(played.drag, feel)
     served = simulate_fleet(
-        book, told, played.workload, played.happenings, played.instances, played.layout, drag=played.drag
+        book, told, played.workload, played.happenings, played.instances, played.layout, drag=course
     )
     latency_s = np.array([stream.latency_s for stream in played.streams])
     first_s = np.array([stream.first_s for stream in played.streams])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from planning.step_laws import Observed
 Array = npt.NDArray[np.float64]
 
 _REACH_S = 3.0  # a probe says something about so many seconds before and after it
+_VARIED = 1e-3  # sum of squares of logarithms: less says nothing
 _WILD = 3.0  # no probe counts for more than so many times the one in the middle
 
 
@@ -45,6 +46,21 @@ class Drag:
     def course(self, begin_s: float, end_s: float) -> list[tuple[float, float]]:
         """(Seconds after `begin_s`, factor from then on), for every second until `end_s`."""
         return [(float(second), self.at(begin_s + second + 0.5)) for second in range(int(end_s - begin_s) + 1)]
+
+
+def elasticity(twice: Iterable[tuple[Observed, Observed]]) -> float:
+    """How much of the drag steps feel, 0 to 1: a probe is slowed down by what works beside it, too, and not by the
+    same part. From the same steps, observed twice: their logarithms' regression through the origin.
+    """
+    logs = [(np.log(after.drag / before.drag), np.log(after.seconds / before.seconds)) for before, after in twice]
+    drags, seconds = np.array(logs, dtype=np.float64).reshape(-1, 2).T
+    varied = float(drags @ drags)
+    return float(np.clip(drags @ seconds / varied, 0.0, 1.0)) if varied > _VARIED else 1.0
+
+
+def eased(course: Sequence[tuple[float, float]], feel: float) -> list[tuple[float, float]]:
+    """The part of a run's drag that steps feel."""
+    return [(time_s, factor**feel) for time_s, factor in course]
 
 
 def summary(course: Sequence[tuple[float, float]]) -> dict[str, float]:

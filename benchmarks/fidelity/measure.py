@@ -13,13 +13,13 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from benchmarks.fidelity.clients import Clients, Stream, tokens_per_s
 from benchmarks.fidelity.drag import Drag
 from benchmarks.fidelity.scripts import INSTANCES, MAX_BATCH, Script
-from benchmarks.fidelity.steps import StepSurvey
+from benchmarks.fidelity.steps import StepSurvey, twice
 from perennial.fleet import Fleet
 from planning.simulation.fleet_profile import Charges, Degrees, fit_duration
 from planning.step_laws import Observed, StepLaw, fit_law
@@ -51,6 +51,14 @@ class Measured:
     def felt(self, drag: Drag) -> Measured:
         """The same, with how slow the processors were at each observation of steps."""
         return Measured([(degrees, drag.felt(one)) for degrees, one in self.steps], self.changes)
+
+    def eased(self, feel: float) -> Measured:
+        """The same, with the part of the drag that steps feel."""
+        return Measured([(degrees, replace(one, drag=one.drag**feel)) for degrees, one in self.steps], self.changes)
+
+    def twice(self) -> list[tuple[Observed, Observed]]:
+        """The same steps, before the run and after it."""
+        return [pair for observed in self.by_degrees().values() for pair in twice(observed)]
 
     def laws(self) -> dict[Degrees, StepLaw]:
         """The laws that explain the steps."""

@@ -126,9 +126,14 @@ def quality(law: StepLaw, stages: int, observed: Sequence[Observed]) -> dict[str
     steps took longer the second time, after the run (`drift`, the median ratio).
     """
     misses = [abs(law.predicted_s(one, stages) / one.seconds - 1) for one in observed]
-    half = len(observed) // 2
-    ratios = [after.seconds / before.seconds for before, after in zip(observed[:half], observed[half:], strict=False)]
+    ratios = [after.seconds / before.seconds for before, after in twice(observed)]
     return {"misfit": round(median(misses), 3), "drift": round(median(ratios or [1.0]), 3)}
+
+
+def twice(observed: Sequence[Observed]) -> list[tuple[Observed, Observed]]:
+    """Observations of the same steps, the first time and the second."""
+    half = len(observed) // 2
+    return list(zip(observed[:half], observed[half:], strict=False))
 
 
 def shares(prompts: Sequence[int], stages: int) -> list[Sequence[int]]:
