@@ -24,6 +24,7 @@ from tests.infra.manifests import containers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+KILLED_S = 10.0
 BINARIES = Path(sys.executable).parent
 FIELDS = {"POD_IP": "127.0.0.1", "ZONE": "here"}
 
@@ -87,7 +88,8 @@ class Machine:
         finally:
             group.signal(signal.SIGKILL)
             group.cut_lifeline()
-            while group.alive:
+            end = time.monotonic() + KILLED_S
+            while group.alive and time.monotonic() < end:
                 time.sleep(0.01)
 
 

@@ -234,19 +234,6 @@ async def test_requests_of_a_paused_replica_are_replayed_when_the_switch_fails(
         leader = scene.peers[scene.fleet.dispatcher.replicas[record.replica or 0].leader.instance]
         await scene.until(lambda: [one.replica for one in leader.all_heard(m.Submit)][-1:] == [record.replica])  # type: ignore[union-attr]
         assert record.recoveries == 1
-        assert any(old in order.replicas for order in scene.peers["a"].all_heard(m.Retire))  # type: ignore[union-attr]
-
-
-async def test_what_a_retired_replica_has_is_kept_until_everybody_has_switched(
-    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer
-) -> None:
-    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
-        await scene.add("a")
-        await scene.layout("a")
-        record = await scene.request()
-        old = record.replica
-        await scene.add("b", answer=once(m.Switch, fail))
-        await scene.layout("a", "b")
         heard = scene.peers["a"].heard
 
         def let_go() -> list[int]:
