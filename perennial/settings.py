@@ -75,7 +75,7 @@ class Settings(BaseSettings):
         try:
             handle = os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            return _read_token(self.token_file)
+            return read_token(self.token_file)
         with os.fdopen(handle, "w", encoding="ascii") as file:
             file.write(token := secrets.token_urlsafe(24))
         return token
@@ -99,10 +99,14 @@ class Settings(BaseSettings):
         )
 
 
-def _read_token(path: Path) -> str:
-    token = path.read_text(encoding="ascii").strip()
+def read_token(path: Path) -> str:
+    """The join token in a file. Raises `InvalidInput` if it cannot be read, `CorruptData` if it is empty."""
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read a join token from {path}: {error}") from error
     if not token:
-        raise CorruptData(f"{path} is empty; delete it and a new join token will be made")
+        raise CorruptData(f"{path} is empty; put a join token there, or delete it in a home: a new one will be made")
     return token
 
 

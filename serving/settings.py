@@ -125,6 +125,8 @@ class ServingSettings(msgspec.Struct, frozen=True, kw_only=True):
 def _check(settings: ServingSettings) -> ServingSettings:
     if settings.engine.residency not in ("shard", "model", "plan"):
         raise InvalidInput(f"residency {settings.engine.residency!r} is unknown; choose shard, model or plan")
+    if settings.engine.dtype not in ("float32", "bfloat16", "float16"):
+        raise InvalidInput(f"dtype {settings.engine.dtype!r} is unknown; choose float32, bfloat16 or float16")
     if settings.capacity.admission not in ("queue", "slo"):
         raise InvalidInput(f"admission {settings.capacity.admission!r} is unknown; choose queue or slo")
     if bool(settings.checkpoint) == bool(settings.checkpoints) or "" in settings.checkpoints:

@@ -51,6 +51,7 @@ def serve(
 ) -> None:
     """Serve checkpoints by a plan book; Ctrl-C drains, a second one stops at once."""
     from perennial.serve import ServeOptions, run
+    from perennial.settings import read_token
 
     sys.exit(
         run(
@@ -69,7 +70,7 @@ def serve(
                 port=port,
                 control_port=control_port,
                 metrics_port=metrics_port,
-                token=_read_token(token_file),
+                token=read_token(token_file) if token_file else "",
                 leave_agents=leave_agents,
             )
         )
@@ -97,7 +98,7 @@ def agent(
     """Join this machine to a service as one instance. SIGTERM is a preemption notice."""
     from data.errors import InvalidInput
     from perennial.models import checkpoint_fields
-    from perennial.settings import load_settings
+    from perennial.settings import load_settings, read_token
     from serving.settings import EngineSettings, dump, usual_dtype
 
     settings = load_settings()
@@ -107,7 +108,7 @@ def agent(
     configuration = settings.serving(
         **models,
         host=host,
-        token=_read_token(token_file) or settings.join_token(),
+        token=read_token(token_file) if token_file else settings.join_token(),
         engine=EngineSettings(device=device, dtype=dtype or usual_dtype(device)),
     )
     file = settings.service / f"agent-{instance}.json"
@@ -118,18 +119,3 @@ def agent(
     command += ["--zone", zone, "--notices", notices, "--grace-s", str(grace_s)]
     # The agent takes the place of this process, so that its signals and its exit code are those of the command.
     os.execv(sys.executable, command)
-
-
-def _read_token(path: Path | None) -> str:
-    """The join token in a file; "" without one. Raises `InvalidInput` if it cannot be read or is empty."""
-    from data.errors import InvalidInput
-
-    if path is None:
-        return ""
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read a join token from {path}: {error}") from error
-    if not token:
-        raise InvalidInput(f"{path} is empty; put the join token of the service there")
-    return token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 from data.layout import ParallelConfig
@@ -28,7 +29,7 @@ def flow_token_s(
     `draw` says the prompt and output tokens of the next request.
     """
     agenda, machine, queue, keys = Agenda(), Machine[Line](), Queue(), count()
-    alone = ParallelConfig(1, config.stages, config.shards, config.max_batch, config.partition)
+    alone = replace(config, replicas=1)
     machine.lines = {number: Line(number, alone, (), law, limits) for number in range(config.replicas)}
     tokens = 0
 

@@ -53,6 +53,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         (["demo", "--device", "abacus"], 2, "--device takes cpu or cuda"),
         (["demo", "--device", "cuda"], 2, "this demo needs 2 GPUs"),
         (["serve", "--checkpoint", "nowhere"], 2, "is not a checkpoint"),
+        (["serve", "--checkpoint", "nowhere", "--token-file", "away"], 2, "cannot read a join token from away"),
         (["agent", "--checkpoint", ".", "--type", "x", "--controller", "here"], 2, "takes host:port"),
         (["agent", "--checkpoint", "nowhere", "--type", "x", "--controller", "h:1"], 2, "is not a checkpoint"),
         (["plan-groups", "nowhere", "--checkpoint", "a=nowhere", "--out", "x"], 2, "is not a checkpoint"),

@@ -5,7 +5,7 @@ import pytest
 
 from data.errors import CorruptData, InvalidInput
 from perennial.settings import Settings, load_settings
-from serving.settings import EngineSettings
+from serving.settings import EngineSettings, ServingSettings, dump, load
 
 
 def test_everything_is_under_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +58,10 @@ def test_a_wrong_variable_is_named(
     monkeypatch.setenv(variable, value)
     with pytest.raises(InvalidInput, match=message):
         load_settings().serving(checkpoint="model")
+
+
+def test_a_dtype_that_nothing_computes_in_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_bytes(dump(ServingSettings(checkpoint="c", journal="j", token="t", engine=EngineSettings(dtype="int3"))))
+    with pytest.raises(InvalidInput, match="'int3' is unknown; choose float32, bfloat16 or float16"):
+        load(str(path))
