@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from weakref import ref
 
 from serving.messages import Heartbeat
 from serving.worker.replica import StepLoop
@@ -28,7 +29,8 @@ class Pulse:
             self._seen, self._still_s = (), 0.0
             return Heartbeat()
         now, waiting = time.monotonic(), loop.waiting
-        seen = (loop, waiting.peer, waiting.ended, loop.cpu_s())
+        # Not the loop itself: the last to let go of it takes a replica down, and would hold up whoever talks.
+        seen = (ref(loop), waiting.peer, waiting.ended, loop.cpu_s())
         same = seen == self._seen and loop.is_alive() and not loop.resting
         self._still_s = self._still_s + min(now - self._seen_at, 2 * self._heartbeat_s) if same else 0.0
         self._seen, self._seen_at = seen, now

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -121,3 +123,14 @@ def test_no_loop_and_one_that_has_ended_are_not_still() -> None:
     assert beats(pulse, loop, 3) == [0.0, 0.0, 0.0]
     with running(hang) as other:
         assert pulse.take(other).still_s == 0.0
+
+
+def test_a_loop_that_everybody_else_let_go_of_is_gone_whatever_the_pulse_has_seen() -> None:
+    pulse = Pulse(BEAT_S)
+    with running(rest) as loop:
+        pulse.take(loop)
+        seen = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert seen() is None, "the heartbeat after it would take a replica down"
+    assert pulse.take(None).still_s == 0.0
