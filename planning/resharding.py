@@ -6,11 +6,12 @@ layers × KV heads of the cache. Binding to buffers comes after planning.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from operator import lt, sub
 
 from data.layout import Device, Layout, ParallelConfig, Position
 from data.models import ModelSpec, TensorSpec, kv_head_range, tensors, unit_range
@@ -30,12 +31,12 @@ class Box:
     @property
     def elements(self) -> int:
         """Number of elements inside."""
-        return prod(high - low for low, high in zip(self.start, self.stop, strict=True))
+        return prod(map(sub, self.stop, self.start))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Extent along every dimension."""
-        return tuple(high - low for low, high in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     def overlap(self, other: Box) -> Box | None:
         """The elements in both boxes, or None if there are none."""
@@ -43,7 +44,9 @@ class Box:
             return None
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
-        return Box(self.tensor, start, stop) if all(low < high for low, high in zip(start, stop, strict=True)) else None
+        if start == self.start and stop == self.stop:  # most boxes are looked for where they lie as a whole
+            return self
+        return Box(self.tensor, start, stop) if all(map(lt, start, stop)) else None
 
 
 def subtract(box: Box, other: Box) -> tuple[Box, ...]:
@@ -52,11 +55,13 @@ def subtract(box: Box, other: Box) -> tuple[Box, ...]:
     if common is None:
         return (box,)
     pieces = []
-    for axis in range(len(box.start)):
-        below = _with_range(box, axis, box.start[axis], common.start[axis])
-        above = _with_range(box, axis, common.stop[axis], box.stop[axis])
-        pieces += [piece for piece in (below, above) if piece.elements]
-        box = _with_range(box, axis, common.start[axis], common.stop[axis])
+    for axis, (low, high) in enumerate(zip(common.start, common.stop, strict=True)):
+        if box.start[axis] < low:
+            pieces.append(_with_range(box, axis, box.start[axis], low))
+        if high < box.stop[axis]:
+            pieces.append(_with_range(box, axis, high, box.stop[axis]))
+        if pieces:
+            box = _with_range(box, axis, low, high)
     return tuple(pieces)
 
 
@@ -237,17 +242,17 @@ def _grouped(routes: Iterable[Route[Box]]) -> list[Transfer]:
 
 
 def _summarise(found: Sequence[Transfer], relays: Sequence[Transfer], element_bytes: int) -> WeightPlan:
-    def total(kind: int) -> int:
-        return element_bytes * sum(one.elements for one in (*found, *relays) if _kind(one) == kind)
-
+    totals = Counter[int]()
+    for one in (*found, *relays):
+        totals[_kind(one)] += element_bytes * one.elements
     return WeightPlan(
         local=tuple(transfer for transfer in found if not _kind(transfer)),
         transfers=tuple(transfer for transfer in found if _kind(transfer)),
         relays=tuple(relays),
-        local_bytes=total(0),
-        intra_instance_bytes=total(1),
-        inter_instance_bytes=total(2),
-        disk_bytes=total(3),
+        local_bytes=totals[0],
+        intra_instance_bytes=totals[1],
+        inter_instance_bytes=totals[2],
+        disk_bytes=totals[3],
     )
 
 

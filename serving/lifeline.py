@@ -39,7 +39,7 @@ def speak() -> None:
 
 
 def share_the_interpreter() -> None:
-    """Let a thread that waits for the interpreter have it sooner than 5 ms: a step has many such moments."""
+    """Let a thread that waits for the interpreter have it sooner than 5 ms: steps and tokens have many such moments."""
     sys.setswitchinterval(_SWITCH_S)
 
 

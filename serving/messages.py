@@ -212,13 +212,17 @@ class Emission(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tokens(Message):
-    """What one or more steps of a replica produced, in order, and its load afterwards."""
+    """What one or more steps of a replica produced, in order, and its load afterwards.
+
+    `given_up` are requests that lost their KV to older ones since the last report: they are computed anew.
+    """
 
     replica: int
     emissions: list[Emission]
     running: int
     waiting: int
     kv_usage: float
+    given_up: list[int] = []
 
 
 # -- controller → agents and workers ----------------------------------------------------------
@@ -355,14 +359,6 @@ class KvPieces(msgspec.Struct, frozen=True, array_like=True):
     spans: list[KvSpan]
 
 
-class Copy(Message):
-    """Exchange KV through the world of `epoch` while replicas go on decoding: what is cached never changes."""
-
-    epoch: int
-    sends: list[KvPieces]
-    receives: list[KvPieces]
-
-
 class Assignment(msgspec.Struct, frozen=True, array_like=True):
     """A request for a replica: what to continue, how, and for how long."""
 
@@ -374,13 +370,31 @@ class Assignment(msgspec.Struct, frozen=True, array_like=True):
     deadline_s: float | None
 
 
+class Copy(Message):
+    """Exchange KV through the world of `epoch` while replicas go on decoding: what is cached never changes.
+
+    `announced` are requests that this worker is going to lead, as they are now: long prompts need not come later,
+    when everybody waits.
+    """
+
+    epoch: int
+    sends: list[KvPieces]
+    receives: list[KvPieces]
+    announced: list[Assignment] = []
+
+
 class Adoption(msgspec.Struct, frozen=True, array_like=True):
-    """A request whose KV was moved into `replica`, with its block table there."""
+    """A request whose KV was moved into `replica`, with its block table there.
+
+    `announced` (None: it was not) is how much output it had when it was announced: only what followed is in
+    `assignment`, and no prompt.
+    """
 
     replica: int
     assignment: Assignment
     cached_tokens: int
     blocks: list[int]
+    announced: int | None = None
 
 
 class Switch(Message):

@@ -66,6 +66,7 @@ class Metrics:
         self._advices = self._counter("advices", "Instances said to be likely to go, by who said so.", ("source",))
         self._migrations = self._counter("migrations", "Requests moved to another layout, by mode.", ("mode",))
         self._replayed = self._counter("tokens_replayed", "Tokens computed again because their KV was lost.")
+        self._given_up = self._counter("kv_given_up", "Requests that lost their KV to older ones.")
         self._moved = self._counter("moved_bytes", "Bytes moved by reconfigurations, by what.", ("what",))
         self._first_token = self._histogram("time_to_first_token_seconds", "Admission to first token.", _FAST_S)
         self._end_to_end = self._histogram("e2e_request_latency_seconds", "Admission to last token.", _SLOW_S)
@@ -109,6 +110,10 @@ class Metrics:
     def replayed(self, tokens: int) -> None:
         """`tokens` are computed again because their KV was lost."""
         self._replayed.inc(tokens)
+
+    def gave_up(self, requests: int) -> None:
+        """`requests` lost their KV to older ones."""
+        self._given_up.inc(requests)
 
     def moved(self, what: str, size_bytes: int) -> None:
         """A reconfiguration moved bytes; `what` is `weights` or `kv`."""

@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--lifeline", action="store_true", help="end when stdin reaches its end")
     arguments = parser.parse_args()
     lifeline.speak()
+    lifeline.share_the_interpreter()
     if arguments.lifeline:
         lifeline.watch_stdin()
     try:

@@ -200,6 +200,10 @@ class Fleet:
                 self._early.append((device, message))
             return
         replica.running, replica.waiting, replica.kv_usage = message.running, message.waiting, message.kv_usage
+        for key in message.given_up:
+            if (record := replica.records.get(key)) is not None:
+                record.replayed = len(record.output)
+        self._metrics.gave_up(len(message.given_up))
         if not self._absorb(replica, message.emissions):
             return
         number = message.replica
@@ -309,8 +313,12 @@ class Fleet:
     async def _step(self) -> None:
         """One look at the fleet, and what follows from it."""
         target, whole = self._targets.wanted(self.book, self.target), self._targets.whole(self.book, self.target)
-        keepers = self._copies.keepers
-        transition = self._targets.transition(target, self._resident, whole=whole, keepers=keepers) if target else None
+        keepers, live = self._copies.keepers, set(self.dispatcher.replicas)
+        transition = None
+        if target is not None:
+            transition = await self._targets.transition(target, self._resident, whole=whole, keepers=keepers)
+        if live != set(self.dispatcher.replicas):
+            return  # one broke meanwhile, which asks for another look
         if target is not None and transition is not None:
             if not transition.empty or self._recovery.stranded:
                 await self._carry_out(transition, target)

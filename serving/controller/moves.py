@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from msgspec import structs
+
 from data.layout import Device
 from data.models import ModelSpec
 from serving import messages as m
@@ -31,6 +33,7 @@ class Moves:
         self._homes: dict[int, Replica] = {}  # where a sequence goes
         self._reserved: dict[int, dict[int, list[int]]] = {}  # by running replica
         self._copied: dict[int, tuple[int, int]] = {}  # tokens of which life are in place
+        self._announced: dict[int, int] = {}  # how much output of a sequence its next leader knows
         self.left_behind: frozenset[int] = frozenset()
         """Sequences that are replayed: there is no time to move their KV."""
 
@@ -172,12 +175,25 @@ class Moves:
     def _life(self, key: int) -> int:
         return self._sequences[key].life if key in self._sequences else 0
 
+    def announce(self, heirs: Sequence[Heir], now: float) -> dict[Device, list[m.Assignment]]:
+        """What the leaders of their targets should know of heirs before everybody waits for it; once for each."""
+        found: dict[Device, list[m.Assignment]] = defaultdict(list)
+        for heir in heirs:
+            if heir.key not in self._announced:
+                assignment = self._records[heir.key].assignment(now)
+                found[heir.target.leader].append(assignment)
+                self._announced[heir.key] = len(assignment.output)
+        return found
+
     def adoptions(self, heirs: Sequence[Heir], now: float) -> dict[Device, list[m.Adoption]]:
         """What the leaders of their targets hear of heirs."""
         found: dict[Device, list[m.Adoption]] = defaultdict(list)
         for heir in heirs:
-            assignment = self._records[heir.key].assignment(now)
-            found[heir.target.leader].append(m.Adoption(heir.target.number, assignment, heir.tokens, list(heir.blocks)))
+            assignment, known = self._records[heir.key].assignment(now), self._announced.get(heir.key)
+            if known is not None:
+                assignment = structs.replace(assignment, prompt=[], output=assignment.output[known:])
+            target, blocks = heir.target, list(heir.blocks)
+            found[target.leader].append(m.Adoption(target.number, assignment, heir.tokens, blocks, known))
         return found
 
     # -- what it came to ---------------------------------------------------------------------------------

@@ -369,8 +369,11 @@ class Reconfiguration:
 
     async def _copy(self, heirs: Sequence[Heir]) -> int:
         sends, receives = self._moves.pieces(heirs)
-        involved = sorted({*sends, *receives})
-        orders = {one: m.Copy(self.epoch, sends.get(one, []), receives.get(one, [])) for one in involved}
+        announced = self._moves.announce(heirs, asyncio.get_running_loop().time())
+        orders = {
+            one: m.Copy(self.epoch, sends.get(one, []), receives.get(one, []), announced.get(one, []))
+            for one in sorted({*sends, *receives, *announced})
+        }
         answers = await self._ask("copy", orders, self.settings.timeouts.prepare_s)
         self._clock("kv", answers)
         return sum(answer.sent_bytes for answer in answers.values())

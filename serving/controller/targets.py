@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from data.deployment import Deployment, SharedGroup
 from data.errors import Infeasible
@@ -82,7 +84,7 @@ class Targets:
             self._paces[key] = book_pace(book, *key)
         return self._paces[key]
 
-    def transition(
+    async def transition(
         self,
         target: Deployment,
         resident: Resident,
@@ -90,19 +92,23 @@ class Targets:
         whole: bool,
         keepers: Keepers,
     ) -> Transition | None:
-        """What has to change; None if it cannot be done, which is logged. `keepers` keep copies of replicas' KV."""
+        """What has to change as things are now; None if it cannot be done, which is logged. `keepers` keep copies of
+        replicas' KV. It is worked out in a thread: tokens are not held up.
+        """
         usable, advised = self._membership.usable_devices(), self._membership.advised_devices()
         live = self._live(keepers)
+        work = partial(
+            plan_deployment,
+            self._specs,
+            target,
+            live=live,
+            usable=dependable(usable, advised, live=live, target=target),
+            resident={one: boxes for one, boxes in resident.items() if self._membership.connected(one)},
+            element_bytes=self._element_bytes,
+            whole=whole,
+        )
         try:
-            return plan_deployment(
-                self._specs,
-                target,
-                live=live,
-                usable=dependable(usable, advised, live=live, target=target),
-                resident={one: boxes for one, boxes in resident.items() if self._membership.connected(one)},
-                element_bytes=self._element_bytes,
-                whole=whole,
-            )
+            return await asyncio.to_thread(work)
         except Infeasible as error:
             logger.warning("%s", error)
             return None

@@ -34,8 +34,7 @@ class Scheduler:
         self._left: list[int] = []
         self._arrivals = 0
         self._steps = 0
-        self.preempted = 0
-        """How often a request lost its KV to an older one."""
+        self._given_up: list[int] = []
 
     @property
     def running(self) -> int:
@@ -138,6 +137,11 @@ class Scheduler:
         left, self._left = self._left, []
         return StepPlan(self._steps, step.sequences, left)
 
+    def given_up(self) -> list[int]:
+        """Requests that lost their KV to older ones since this was last asked."""
+        given_up, self._given_up = self._given_up, []
+        return given_up
+
     def complete(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> list[Emission]:
         """Account for a finished step: `sampled` holds the tokens of its sequences with `sampling` set."""
         drawn = {token.key: token for token in sampled}
@@ -211,7 +215,7 @@ class Scheduler:
         sequence.life += 1
         self._left.append(sequence.request.key)
         insort(self._waiting, sequence, key=lambda other: other.order)
-        self.preempted += 1
+        self._given_up.append(sequence.request.key)
 
     def _emit(self, sequence: QueuedSequence, drawn: SampledToken) -> Emission:
         request = sequence.request

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from msgspec import structs
@@ -279,7 +279,18 @@ class Leader(StepLoop):
             Emission(one.key, one.index, one.token, one.logprob, list(one.top), one.finish, one.error) for one in drawn
         ]
         scheduler = self._schedulers[replica]
-        self._report(Tokens(replica, emissions, scheduler.running, scheduler.waiting, scheduler.kv_usage))
+        load = scheduler.running, scheduler.waiting, scheduler.kv_usage
+        self._report(Tokens(replica, emissions, *load, scheduler.given_up()))
+
+
+def complete(adoption: Adoption, announced: Mapping[int, Assignment]) -> Adoption:
+    """An adoption with all of its prompt and output, of which `announced` may have a part."""
+    if adoption.announced is None:
+        return adoption
+    rest = adoption.assignment
+    known = announced[rest.key]
+    output = [*known.output[: adoption.announced], *rest.output]
+    return structs.replace(adoption, assignment=structs.replace(rest, prompt=known.prompt, output=output))
 
 
 def scheduled(assignment: Assignment) -> ScheduledRequest:

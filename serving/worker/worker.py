@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakMethod
 
@@ -38,7 +38,7 @@ from serving.worker.communicators import Communicators
 from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
 from serving.worker.kv_movement import KvMover, meet_leader
-from serving.worker.leader import Leader
+from serving.worker.leader import Leader, complete
 from serving.worker.loops import step_loop
 from serving.worker.movement import HeldTensor, WeightMover
 from serving.worker.position import ModelPart, Position
@@ -61,6 +61,11 @@ class PreparedRole:
     group: Group
     position: Position | None
     held: dict[str, HeldTensor]
+    announced: dict[int, m.Assignment] = field(default_factory=dict)
+
+    def adoptions(self, order: m.Switch) -> list[m.Adoption]:
+        """Those of an order, complete with what was announced."""
+        return [complete(one, self.announced) for one in order.adoptions]
 
 
 class Worker:
@@ -267,6 +272,7 @@ class Worker:
 
     def _copy(self, order: m.Copy) -> m.Message:
         prepared = self._prepared[order.epoch]
+        prepared.announced.update({one.key: one for one in order.announced})
         traffic = self._exchange(prepared, order, self._settings.capacity.copy_share)
         return m.Copied(order.epoch, traffic.sent_bytes, traffic.seconds)
 
@@ -355,10 +361,10 @@ class Worker:
     def _take_over(self, order: m.Switch, prepared: PreparedRole) -> None:
         if (position := prepared.position) is not None:
             self._held = prepared.held
-            self._loop = self._step_loop(order.epoch, position, order.adoptions)
+            self._loop = self._step_loop(order.epoch, position, prepared.adoptions(order))
             self._loop.start()
         elif isinstance(self._loop, Leader):
-            self._loop.graft(order.epoch, order.adoptions)
+            self._loop.graft(order.epoch, prepared.adoptions(order))
         self._tell_copies()
 
     def _tell_copies(self) -> None:

@@ -42,6 +42,7 @@ def test_a_scrape_says_what_happened(metrics: Metrics, endpoint: MetricsServer) 
     metrics.advised("aws")
     metrics.migration("replay", requests=3)
     metrics.replayed(40)
+    metrics.gave_up(2)
     metrics.moved("kv", 4096)
     metrics.reconfiguration("switch", 0.2)
     metrics.load(running=3, waiting=2, kv_usage=0.5)
@@ -56,6 +57,7 @@ def test_a_scrape_says_what_happened(metrics: Metrics, endpoint: MetricsServer) 
     assert seen["perennial_e2e_request_latency_seconds_sum", ()] == 1.5
     assert seen["perennial_request_success_total", (("finished_reason", "stop"),)] == 1
     assert seen["perennial_requests_rejected_total", (("error", "QueueFull"),)] == 1
+    assert seen["perennial_kv_given_up_total", ()] == 2
     assert seen["perennial_preemptions_total", (("source", "aws"),)] == 1
     assert seen["perennial_advices_total", (("source", "aws"),)] == 1
     assert seen["perennial_migrations_total", (("mode", "replay"),)] == 3

@@ -12,6 +12,7 @@ from serving.controller.dispatch import Replica
 from serving.controller.moves import Moves
 from serving.controller.records import Record
 from serving.requests import GenerationRequest, Limits
+from serving.worker.leader import complete
 from tests.planning.fleets import SPEC
 
 SPECS = {"a": replace(SPEC, name="a"), "b": replace(SPEC, name="b", layers=2)}
@@ -62,6 +63,24 @@ def test_what_has_been_copied_is_not_sent_again_unless_the_cache_was_lost_meanwh
         pieces[Device("i", device)] for pieces, device in zip(moves.pieces(moves.heirs()), (0, 1), strict=True)
     )
     assert {span.key: span.start for span in piece.spans} == {10: 7, 12: 0}
+
+
+def test_what_was_announced_is_not_said_again_when_everybody_waits(moves: Moves) -> None:
+    retired = [replica(1, "a", 0, 10, 12)]
+    moves.offer(replica(3, "a", 1), ())
+    moves.take_in(retired, residents(10))
+    told = moves.announce(moves.heirs(), now=0.0)[Device("i", 1)]
+    for record in retired[0].records.values():
+        record.output += [5, 6]
+    moves.take_in(retired, residents(10, 12))
+    assert moves.announce(moves.heirs(), now=0.0) == {Device("i", 1): [retired[0].records[12].assignment(0.0)]}
+    retired[0].records[12].output.append(7)
+    first, second = moves.adoptions(moves.heirs(), now=0.0)[Device("i", 1)]
+    assert (first.assignment.prompt, first.assignment.output, second.assignment.output) == ([], [5, 6], [7])
+    known = {one.key: one for one in [*told, retired[0].records[12].assignment(0.0)]}
+    for adoption in (first, second):
+        record = retired[0].records[adoption.assignment.key]
+        assert complete(adoption, known).assignment == record.assignment(0.0)
 
 
 def test_running_replicas_are_asked_for_room_for_their_own_model_only(moves: Moves) -> None:

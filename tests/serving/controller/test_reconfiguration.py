@@ -316,6 +316,9 @@ async def test_words_of_old_replicas_and_epochs_are_void(tmp_path: Path, spec: M
         await scene.until(lambda: record.committed == 1)
         assert record.output == [5]
         assert record.replica == new
+        assert record.replayed == 0
+        peer.worker.send(m.Tokens(new, [], 1, 0, 0.0, [record.key, 999]))
+        await scene.until(lambda: record.replayed == 1)
 
 
 async def test_a_token_out_of_turn_breaks_the_replica_and_loses_nothing(
