@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 
 from serving.errors import TransportError
 
-_SWITCH_S = 0.0005
+_SWITCH_S = 0.0001
 _FIRST = -10  # the niceness of who goes first
 
 

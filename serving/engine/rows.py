@@ -7,26 +7,35 @@ memory of another GPU. Import only where Triton is: on CUDA, or on a CPU under i
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 8  # that a program copies
+_ROWS = 8  # that a program copies at a time
+_PROGRAMS = 2  # for each processor: enough to fill a link, and steps find room beside them
 
 
 def copy_rows(source: Tensor, there: Tensor, box: Tensor, here: Tensor) -> None:
-    """`box[:, :, here] = source[:, :, there]` for `[layers, 2, slots, heads, head_dim]`; heads lie side by side."""
+    """`box[:, :, here] = source[:, :, there]` for `[layers, 2, slots, heads, head_dim]`; heads lie side by side.
+
+    One program for each tile would take every place on the device, and a step would stand still until the last of
+    them has begun.
+    """
     layers, kinds, _, heads, head_dim = box.shape
     if not len(here):
         return
     width = heads * head_dim
-    _copy_rows[(triton.cdiv(len(here), _ROWS), layers * kinds)](
+    tiles = triton.cdiv(len(here), _ROWS) * layers * kinds
+    _copy_rows[(min(tiles, _programs(box.device)),)](
         source,
         box,
         there,
         here,
         len(here),
+        tiles,
         *(source.stride(dim) for dim in range(3)),
         *(box.stride(dim) for dim in range(3)),
         KINDS=kinds,
@@ -35,6 +44,13 @@ def copy_rows(source: Tensor, there: Tensor, box: Tensor, here: Tensor) -> None:
         ROWS=_ROWS,
         num_warps=4,
     )
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PROGRAMS
+    return _PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def gather_rows(box: Tensor, slots: Tensor) -> Tensor:
@@ -111,13 +127,14 @@ def _move_rows(
         tl.store(held, tl.load(moved, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "tiles"])
 def _copy_rows(
     source: tl.tensor,
     target: tl.tensor,
     there: tl.tensor,
     here: tl.tensor,
     count: tl.tensor,
+    tiles: tl.tensor,
     source_layer: tl.tensor,
     source_kind: tl.tensor,
     source_row: tl.tensor,
@@ -129,14 +146,16 @@ def _copy_rows(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    plane = tl.program_id(1).to(tl.int64)
-    is_row = row < count
-    slot = tl.load(there + row, mask=is_row, other=0).to(tl.int64)
-    place = tl.load(here + row, mask=is_row, other=0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = is_row[:, None] & (at < WIDTH)[None, :]
-    begin = source + (plane // KINDS) * source_layer + (plane % KINDS) * source_kind
-    into = target + (plane // KINDS) * target_layer + (plane % KINDS) * target_kind
-    moved = tl.load(begin + slot[:, None] * source_row + at[None, :], mask=inside)
-    tl.store(into + place[:, None] * target_row + at[None, :], moved, mask=inside)
+    plane_tiles = tl.cdiv(count, ROWS)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        plane = (tile // plane_tiles).to(tl.int64)
+        row = (tile % plane_tiles) * ROWS + tl.arange(0, ROWS)
+        is_row = row < count
+        slot = tl.load(there + row, mask=is_row, other=0).to(tl.int64)
+        place = tl.load(here + row, mask=is_row, other=0).to(tl.int64)
+        inside = is_row[:, None] & (at < WIDTH)[None, :]
+        begin = source + (plane // KINDS) * source_layer + (plane % KINDS) * source_kind
+        into = target + (plane // KINDS) * target_layer + (plane % KINDS) * target_kind
+        moved = tl.load(begin + slot[:, None] * source_row + at[None, :], mask=inside)
+        tl.store(into + place[:, None] * target_row + at[None, :], moved, mask=inside)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.kv_cache import KvCache
+from serving.engine.step import on_device
 from serving.messages import KvPieces, KvSpan
 from serving.worker import reading
 from serving.worker.groups import Group
@@ -179,7 +180,7 @@ class KvMover:
             if len(self._slots) > _SLOT_LISTS:
                 self._slots.clear()
             found = [cache.slots(span.blocks, span.start, span.stop) for span in chunk.spans]
-            slots = torch.from_numpy(np.concatenate(found)).to(cache.device)
+            slots = on_device(np.concatenate(found), cache.device)
             self._slots[key] = chunk, slots  # the chunk keeps its spans, and so their identity, alive
         return self._slots[key][1]
 

@@ -7,23 +7,25 @@ can keep that of the other from starting on one GPU, and the other way round on 
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from serving.worker.peer_memory import PeerMemory
+from serving.worker.peer_memory import PeerMemory, Sight
 from serving.worker.streams import mark
 
 logger = logging.getLogger(__name__)
 
 _SLOTS = 3  # of a lane: one is filled, one is read, and of one it is said that it was read
 _ALIGNMENT = 4096
+_CLOSED_S = 10.0  # after a peer was met for the last time: by then a broken replica has been taken down
 _READY, _READ = 1, 2  # tags of what a lane says, apart from the group's other messages
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -36,6 +38,13 @@ class _Card(msgspec.Struct, frozen=True):
     window_bytes: int
 
 
+class _Theirs(NamedTuple):
+    """A peer's window, and what keeps it open."""
+
+    data: Tensor
+    memory: PeerMemory
+
+
 class Windows:
     """The window of this process, made when a peer on this host is met, and those of its peers."""
 
@@ -43,8 +52,8 @@ class Windows:
         self._device, self._window_bytes = device, window_bytes
         self._name = uuid.uuid4().hex
         self._own: Tensor | None = None
-        self._tickets: dict[str, bytes] = {}
-        self._theirs: dict[str, Tensor] = {}
+        self._shown = b""
+        self._theirs: dict[str, _Theirs] = {}
 
     def meet(self, store: dist.Store, gloo: Any, rank: int, size: int) -> dict[int, Lane]:
         """Lanes to the ranks of this host that can read each other's memory; collective."""
@@ -53,15 +62,15 @@ class Windows:
         slot_bytes = self._window_bytes // (_SLOTS * max(1, len(here))) // _ALIGNMENT * _ALIGNMENT
         if not slot_bytes or len({cards[peer].window_bytes for peer in (*here, rank)}) > 1:
             return {}
-        for peer in here:
-            store.set(f"ticket/{rank}/{peer}", self._ticket(cards[peer].window).hex())
-        tickets = {peer: bytes.fromhex(store.get(f"ticket/{peer}/{rank}").decode()) for peer in here}
-        opened = {peer: self._open(cards[peer].window, tickets[peer]) for peer in here}
+        if here:
+            store.set(f"window/{rank}", self._show().hex())
+        shown = {peer: bytes.fromhex(store.get(f"window/{peer}").decode()) for peer in here}
+        opened = {peer: self._open(cards[peer].window, shown[peer]) for peer in here}
         for peer, theirs in opened.items():
             store.set(f"opened/{rank}/{peer}", "0" if theirs is None else "1")
-        self._theirs = {cards[peer].window: theirs for peer, theirs in opened.items() if theirs is not None}
+        self._keep({cards[peer].window: theirs for peer, theirs in opened.items() if theirs is not None})
         return {
-            peer: Lane(gloo, peer, self._part(index, slot_bytes), list(theirs.split(slot_bytes)))
+            peer: Lane(gloo, peer, self._part(index, slot_bytes), list(theirs.data.split(slot_bytes)), theirs.memory)
             for index, (peer, theirs) in enumerate(opened.items())
             if theirs is not None and bytes(store.get(f"opened/{peer}/{rank}")) == b"1"
         }
@@ -75,33 +84,36 @@ class Windows:
         store.set(f"card/{rank}", msgspec.json.encode(card).decode())
         return {peer: msgspec.json.decode(bytes(store.get(f"card/{peer}")), type=_Card) for peer in range(size)}
 
-    def _ticket(self, reader: str) -> bytes:
-        """What `reader` opens this window with: one for each, the framework counts them. Nothing if there is no
-        memory for a window, or this host lets nobody read it.
-        """
+    def _show(self) -> bytes:
+        """What others open this window with. Nothing if there is no memory for one, or nobody may read it."""
         try:
             if self._own is None:
                 self._own = torch.empty(self._window_bytes, dtype=torch.uint8, device=self._device)
-            if reader not in self._tickets:
-                self._tickets[reader] = msgspec.msgpack.encode(self._own.untyped_storage()._share_cuda_())
+            self._shown = self._shown or msgspec.msgpack.encode(self.memory().show(self._own))
         except RuntimeError as error:
             logger.warning("no window for others on this host, tensors go through its memory: %s", error)
-            return b""
-        return self._tickets[reader]
+        return self._shown
 
-    def _open(self, window: str, ticket: bytes) -> Tensor | None:
-        if window in self._theirs:
-            return self._theirs[window]
-        if not ticket:
-            return None
-        _, *parts = msgspec.msgpack.decode(ticket)
+    def _open(self, window: str, shown: bytes) -> _Theirs | None:
+        if window in self._theirs or not shown:
+            return self._theirs.get(window)
         try:
-            storage: Any = torch.UntypedStorage._new_shared_cuda(self._device.index or 0, *parts)
+            memory = self.memory()
+            return _Theirs(memory.see(msgspec.msgpack.decode(shown, type=Sight), torch.uint8), memory)
         except RuntimeError as error:  # a container may forbid it
             logger.warning("a peer's window cannot be read, tensors go through host memory: %s", error)
             return None
-        theirs = torch.empty(0, dtype=torch.uint8, device=self._device)
-        return theirs.set_(storage, 0, (self._window_bytes,), (1,))
+
+    def _keep(self, theirs: dict[str, _Theirs]) -> None:
+        """Close all other windows, some time later, in a thread of its own: it waits for the device, and that may be
+        waiting for whoever has just been lost.
+        """
+        closing = [one for window, one in self._theirs.items() if window not in theirs]
+        self._theirs = theirs
+        if closing:
+            later = threading.Timer(_CLOSED_S, closing.clear)
+            later.daemon = True
+            later.start()
 
     def _part(self, lane: int, slot_bytes: int) -> list[tuple[int, Tensor]]:
         assert self._own is not None
@@ -110,11 +122,18 @@ class Windows:
 
 class Lane:
     """Messages to and from one peer, each at most as large as a slot: the sender fills a slot of its window and
-    says so, the receiver reads it and says so. What it says goes over `gloo`.
+    says so, the receiver reads it and says so. What it says goes over `gloo`. `memory` is what keeps `theirs` open.
     """
 
-    def __init__(self, gloo: Any, peer: int, own: list[tuple[int, Tensor]], theirs: list[Tensor]) -> None:
-        self._gloo, self._peer, self._own, self._theirs = gloo, peer, dict(own), theirs
+    def __init__(
+        self,
+        gloo: Any,
+        peer: int,
+        own: list[tuple[int, Tensor]],
+        theirs: list[Tensor],
+        memory: PeerMemory | None = None,
+    ) -> None:
+        self._gloo, self._peer, self._own, self._theirs, self._memory = gloo, peer, dict(own), theirs, memory
         self._free = deque(self._own)
         self._unread = 0  # slots that are with the peer
         self._said: deque[tuple[dist.Work, Tensor]] = deque()
