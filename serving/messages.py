@@ -279,7 +279,8 @@ class Role(msgspec.Struct, frozen=True, array_like=True):
 class Prepare(Message):
     """Get ready for `epoch` in the background: join its groups, send and receive weights.
 
-    `role` None: only serve as a source. `world` are the participants, in rank order.
+    `role` None: only serve as a source. `world` are the participants, in rank order. In a `hurry` requests wait for
+    it; else what runs goes first.
     """
 
     epoch: int
@@ -289,6 +290,7 @@ class Prepare(Message):
     needed: list[Box]
     sends: list[WeightPieces]
     receives: list[WeightPieces]
+    hurry: bool = False
 
 
 class Pause(Message):

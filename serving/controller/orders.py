@@ -45,9 +45,15 @@ def world_of(transition: Transition, replicas: Sequence[Replica], holders: Itera
 
 
 def prepare_orders(
-    epoch: int, store: str, transition: Transition, new: Sequence[Replica], world: Sequence[Device]
+    epoch: int,
+    store: str,
+    transition: Transition,
+    new: Sequence[Replica],
+    world: Sequence[Device],
+    *,
+    hurry: bool = False,
 ) -> dict[Device, m.Prepare]:
-    """One `Prepare` for every member of the world."""
+    """One `Prepare` for every member of the world; in a `hurry` requests wait for it."""
     sends: dict[Device, list[m.WeightPieces]] = defaultdict(list)
     receives: dict[Device, list[m.WeightPieces]] = defaultdict(list)
     weights = transition.weights
@@ -72,6 +78,7 @@ def prepare_orders(
             list(transition.needed.get(device, ())),
             sends[device],
             receives[device],
+            hurry,
         )
         for device in world
     }

@@ -276,7 +276,8 @@ class Reconfiguration:
             return {}
         timeout_s = self.settings.timeouts.prepare_s
         self.store = Rendezvous(self.settings.host, timeout_s)
-        orders = prepare_orders(self.epoch, self.store.address, self.transition, self.new, self.world)
+        address, hurry = self.store.address, bool(self.stranded)
+        orders = prepare_orders(self.epoch, address, self.transition, self.new, self.world, hurry=hurry)
         prepared = await self._ask("prepare", orders, timeout_s)
         self._clock("weights", prepared)
         return prepared

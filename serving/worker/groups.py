@@ -286,8 +286,8 @@ class Group:
         return None if self.rank else torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
     def message_bytes(self, otherwise: int) -> int:
-        """The largest message, the same on every rank: a slot of the lanes where these join all."""
-        return min((lane.slot_bytes for lane in self._lanes.values()), default=otherwise) if self.direct else otherwise
+        """The largest message, the same on every rank: no more than a slot of the lanes where these join all."""
+        return min([otherwise, *(lane.slot_bytes for lane in self._lanes.values())]) if self.direct else otherwise
 
     def begin_exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Exchange:
         """Swap contiguous tensors with peers; those between one pair match in order. More may begin before the

@@ -49,7 +49,8 @@ from serving.worker.window import Windows
 
 logger = logging.getLogger(__name__)
 
-_REST_S = 0.002  # of a thread that records steps while another one of the process computes them
+# Of a thread that records steps, in every layer, while another one of the process computes them.
+_REST_S, _SHORT_REST_S = 0.004, 0.002
 _BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
 
 
@@ -227,7 +228,7 @@ class Worker:
             timeout_s=timeouts.collective_s,
             engine=self._settings.engine,
             communicators=self._communicators,
-            rest_s=_REST_S if self._loop is not None else 0.0,
+            rest_s=0.0 if self._loop is None else _SHORT_REST_S if order.hurry else _REST_S,
         )
         if order.role:
             self._end_broken()
