@@ -19,6 +19,7 @@ from serving.requests import Event
 _BROKEN_S = 30.0
 _EARLIER_S = 1e-6
 _INSTANCES = 4
+_STOPPED_S = 0.025
 _LAYOUTS = {2: "1x1x2", 3: "1x1x2", 4: "2x1x2"}
 
 
@@ -40,9 +41,15 @@ class Kill:
         )
 
 
-async def strike(play: Stage, victim: Device) -> Kill:
-    """Kill the instance of a device that works, and wait until the fleet serves on without it, every request too."""
+async def strike(play: Stage, victim: Device, *, stopped_s: float = 0.0) -> Kill:
+    """Kill the instance of a device that works, and wait until the fleet serves on without it, every request too.
+
+    If it is stopped for a few steps before, the devices of its peers are waiting for it when it dies.
+    """
     service, first = play.service, len(play.service.events)
+    if stopped_s:
+        service.suspend(victim.instance)
+        await asyncio.sleep(stopped_s)
     at = time.monotonic()
     await service.kill(victim.instance)
     broken = await service.wait_event(lambda event: event.kind == "replica_failed", since=first, timeout_s=_BROKEN_S)
@@ -54,7 +61,7 @@ async def strike(play: Stage, victim: Device) -> Kill:
 
 
 async def measure(bench: Bench, report: Report) -> None:
-    """Two replicas of two shards; one loses a rank, the other serves on."""
+    """Two replicas of two shards; one loses a rank, the other serves on. Every second victim is stopped first."""
     options = bench.options
     if options.gpus < 2:
         report({"case": "kill", "name": "TP2", "skipped": f"two shards need 2 GPUs, here is {options.gpus}"})
@@ -70,19 +77,20 @@ async def measure(bench: Bench, report: Report) -> None:
         **settings,
     ) as play:
         for number in range(options.kills):
-            report(await _one(play, rank=(number + 1) % 2, replicated=bool(settings)))
+            stopped_s = _STOPPED_S * (number % 2)
+            report(await _one(play, rank=(number + 1) % 2, replicated=bool(settings), stopped_s=stopped_s))
             if number + 1 < options.kills:
                 play.service.launch()
                 await play.settle()
                 await play.load.renew(timeout_s=_BROKEN_S * 8)
 
 
-async def _one(play: Stage, *, rank: int, replicated: bool) -> dict[str, Any]:
+async def _one(play: Stage, *, rank: int, replicated: bool, stopped_s: float) -> dict[str, Any]:
     options, load = play.bench.options, play.load
     victim = await working(play, rank)
     await play.watch(copies_s(play.bench, options.requests, options.context))
     before = await play.watch(options.before_s)
-    kill = await strike(play, victim)
+    kill = await strike(play, victim, stopped_s=stopped_s)
     after = await play.watch(options.after_s)
     timelines = load.recent(before[0])
     affected, others = kill.split(timelines)
@@ -93,7 +101,7 @@ async def _one(play: Stage, *, rank: int, replicated: bool) -> dict[str, Any]:
     lost, duplicated = continuity(timelines)
     return {
         "case": "kill",
-        "name": f"kill -9 of rank {rank} of a TP2 replica",
+        "name": f"kill -9 of rank {rank} of a TP2 replica{', stopped before' if stopped_s else ''}",
         "replication": replicated,
         "affected": len(affected),
         "others": len(others),

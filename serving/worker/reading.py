@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import msgspec
@@ -41,13 +42,17 @@ def finish(group: Group, sources: Iterable[int], readers: Iterable[int]) -> None
 
 
 def pace(group: Group, copies: Iterable[Callable[[], None]]) -> None:
-    """Copy, asking for a few ahead of the device. What is abandoned meanwhile is not copied any further.
+    """Copy, asking for a few ahead of the device. What is abandoned meanwhile is not copied any further. Who has
+    nothing to copy does not wait for its device, which may be waiting for a lost peer.
 
     Raises `GroupBroken` then.
     """
     queued: deque[torch.cuda.Event] = deque()
+    some = iter(copies)
+    if (first := next(some, None)) is None:
+        return
     with beside_steps(group.device):
-        for copy in copies:
+        for copy in chain([first], some):
             group.check()
             copy()
             if (done := mark(group.device)) is not None:

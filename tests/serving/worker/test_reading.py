@@ -13,6 +13,7 @@ import torch
 from planning.resharding import Box
 from serving.engine.kv_cache import KvCache
 from serving.messages import KvPieces, KvSpan, WeightPieces
+from serving.worker import reading
 from serving.worker.groups import Group, GroupBroken
 from serving.worker.kv_movement import KvMover, meet_leader
 from serving.worker.movement import HeldTensor, WeightMover, arenas
@@ -45,6 +46,19 @@ def moved(
 
     everyone(len(groups), run)
     return traffic
+
+
+def test_who_has_nothing_to_copy_does_not_touch_its_device() -> None:
+    """It may hang, and what others read of it does not need it."""
+
+    class Hanging:
+        @property
+        def device(self) -> torch.device:
+            raise AssertionError("it would wait for ever")
+
+    reading.pace(cast(Group, Hanging()), iter(()))
+    with pytest.raises(AssertionError):
+        reading.pace(cast(Group, Hanging()), [lambda: None])
 
 
 @pytest.mark.parametrize("apart", [(), (0, 2)])
