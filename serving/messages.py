@@ -280,7 +280,7 @@ class Prepare(Message):
     """Get ready for `epoch` in the background: join its groups, send and receive weights.
 
     `role` None: only serve as a source. `world` are the participants, in rank order. In a `hurry` requests wait for
-    it; else what runs goes first.
+    it, or somebody has to leave; else what runs goes first.
     """
 
     epoch: int

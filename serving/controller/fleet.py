@@ -313,12 +313,12 @@ class Fleet:
     async def _step(self) -> None:
         """One look at the fleet, and what follows from it."""
         target, whole = self._targets.wanted(self.book, self.target), self._targets.whole(self.book, self.target)
-        keepers, live = self._copies.keepers, set(self.dispatcher.replicas)
+        keepers, live, book = self._copies.keepers, set(self.dispatcher.replicas), self.book
         transition = None
         if target is not None:
             transition = await self._targets.transition(target, self._resident, whole=whole, keepers=keepers)
-        if live != set(self.dispatcher.replicas):
-            return  # one broke meanwhile, which asks for another look
+        if book is not self.book or live != set(self.dispatcher.replicas) or not self._can_build(transition):
+            return  # what has changed meanwhile asks for another look
         if target is not None and transition is not None:
             if not transition.empty or self._recovery.stranded:
                 await self._carry_out(transition, target)
@@ -330,6 +330,11 @@ class Fleet:
         self._report_capacity()
         self._dismiss_idle()
         self._preload_spares()
+
+    def _can_build(self, transition: Transition | None) -> bool:
+        """Whether all devices that new replicas are to have may still be used."""
+        places = {device for one in transition.new for device in one.devices} if transition else set[Device]()
+        return places <= set(self.membership.usable_devices())
 
     def _preload_spares(self) -> None:
         if self.target is None:
@@ -365,6 +370,8 @@ class Fleet:
             grace=self._grace(retired, target),
         )
         self._current, self._early, self._early_emissions = attempt, [], []
+        if self._changed.is_set() and attempt.grace is not None:
+            attempt.grace.urge()  # the fleet has changed since this was looked at
         try:
             await self._journal.set_meta("epoch", self.epoch)
             outcome = await attempt.run(lambda seconds: self._prepared(attempt, seconds), lambda: self._hold(retired))

@@ -33,6 +33,11 @@ class Grace:
         self._timing, self._margin_s = timing, margin_s
         self._urged = False
 
+    @property
+    def limited(self) -> bool:
+        """Whether a device was given notice."""
+        return math.isfinite(self._leaving_s())
+
     def urge(self) -> None:
         """The fleet has changed again: do not wait any longer."""
         self._urged = True

@@ -53,7 +53,7 @@ def prepare_orders(
     *,
     hurry: bool = False,
 ) -> dict[Device, m.Prepare]:
-    """One `Prepare` for every member of the world; in a `hurry` requests wait for it."""
+    """One `Prepare` for every member of the world; `hurry` as there."""
     sends: dict[Device, list[m.WeightPieces]] = defaultdict(list)
     receives: dict[Device, list[m.WeightPieces]] = defaultdict(list)
     weights = transition.weights

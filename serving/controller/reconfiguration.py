@@ -276,7 +276,7 @@ class Reconfiguration:
             return {}
         timeout_s = self.settings.timeouts.prepare_s
         self.store = Rendezvous(self.settings.host, timeout_s)
-        address, hurry = self.store.address, bool(self.stranded)
+        address, hurry = self.store.address, bool(self.stranded) or (self.grace is not None and self.grace.limited)
         orders = prepare_orders(self.epoch, address, self.transition, self.new, self.world, hurry=hurry)
         prepared = await self._ask("prepare", orders, timeout_s)
         self._clock("weights", prepared)

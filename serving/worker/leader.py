@@ -284,13 +284,18 @@ class Leader(StepLoop):
 
 
 def complete(adoption: Adoption, announced: Mapping[int, Assignment]) -> Adoption:
-    """An adoption with all of its prompt and output, of which `announced` may have a part."""
+    """An adoption with all of its prompt and output, of which `announced` may have a part.
+
+    Raises `GroupBroken` if it has another part than the adoption says.
+    """
     if adoption.announced is None:
         return adoption
     rest = adoption.assignment
-    known = announced[rest.key]
-    output = [*known.output[: adoption.announced], *rest.output]
-    return structs.replace(adoption, assignment=structs.replace(rest, prompt=known.prompt, output=output))
+    known = announced.get(rest.key)
+    if known is None or len(known.output) != adoption.announced:
+        raise GroupBroken(f"request {rest.key} was not announced with {adoption.announced} tokens")
+    whole = structs.replace(rest, prompt=known.prompt, output=[*known.output, *rest.output])
+    return structs.replace(adoption, assignment=whole)
 
 
 def scheduled(assignment: Assignment) -> ScheduledRequest:

@@ -35,9 +35,11 @@ def beside_steps(device: torch.device) -> Iterator[None]:
         return
     around, own = torch.cuda.current_stream(device), _first(device, "copies")
     own.wait_stream(around)
-    with torch.cuda.stream(own):
-        yield
-    around.wait_stream(own)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:  # what was asked for before a failure may still be under way
+        around.wait_stream(own)
 
 
 @cache

@@ -131,7 +131,7 @@ class Lane:
         peer: int,
         own: list[tuple[int, Tensor]],
         theirs: list[Tensor],
-        memory: PeerMemory | None = None,
+        memory: PeerMemory,
     ) -> None:
         self._gloo, self._peer, self._own, self._theirs, self._memory = gloo, peer, dict(own), theirs, memory
         self._free = deque(self._own)

@@ -49,7 +49,8 @@ from serving.worker.window import Windows
 
 logger = logging.getLogger(__name__)
 
-# Of a thread that records steps, in every layer, while another one of the process computes them.
+# Of a thread that records steps while another one of the process computes them, in every layer twice: where there is
+# time for it, and in a hurry.
 _REST_S, _SHORT_REST_S = 0.004, 0.002
 _BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
 
@@ -228,7 +229,7 @@ class Worker:
             timeout_s=timeouts.collective_s,
             engine=self._settings.engine,
             communicators=self._communicators,
-            rest_s=0.0 if self._loop is None else _SHORT_REST_S if order.hurry else _REST_S,
+            rest_s=self._rest_s(order),
         )
         if order.role:
             self._end_broken()
@@ -254,6 +255,11 @@ class Worker:
             self._prepared[order.epoch] = PreparedRole(order.world, world, position, held)
         traffic = result.traffic
         return m.Prepared(order.epoch, result.local_bytes, traffic.received_bytes, result.disk_bytes, traffic.seconds)
+
+    def _rest_s(self, order: m.Prepare) -> float:
+        if self._loop is None:
+            return 0.0
+        return _SHORT_REST_S if order.hurry else _REST_S
 
     def _preload(self, boxes: list[Box], connection: Connection[m.Downward] | None) -> m.Message:
         """A spare fetches weights before they are needed; a role that comes meanwhile is more important."""

@@ -12,6 +12,7 @@ from serving.controller.dispatch import Replica
 from serving.controller.moves import Moves
 from serving.controller.records import Record
 from serving.requests import GenerationRequest, Limits
+from serving.worker.groups import GroupBroken
 from serving.worker.leader import complete
 from tests.planning.fleets import SPEC
 
@@ -73,14 +74,17 @@ def test_what_was_announced_is_not_said_again_when_everybody_waits(moves: Moves)
     for record in retired[0].records.values():
         record.output += [5, 6]
     moves.take_in(retired, residents(10, 12))
-    assert moves.announce(moves.heirs(), now=0.0) == {Device("i", 1): [retired[0].records[12].assignment(0.0)]}
+    told += moves.announce(moves.heirs(), now=0.0)[Device("i", 1)]
+    assert [(one.key, one.output) for one in told] == [(10, []), (12, [5, 6])]
     retired[0].records[12].output.append(7)
     first, second = moves.adoptions(moves.heirs(), now=0.0)[Device("i", 1)]
     assert (first.assignment.prompt, first.assignment.output, second.assignment.output) == ([], [5, 6], [7])
-    known = {one.key: one for one in [*told, retired[0].records[12].assignment(0.0)]}
+    known = {one.key: one for one in told}
     for adoption in (first, second):
         record = retired[0].records[adoption.assignment.key]
         assert complete(adoption, known).assignment == record.assignment(0.0)
+    with pytest.raises(GroupBroken, match="was not announced with 0 tokens"):
+        complete(first, {})
 
 
 def test_running_replicas_are_asked_for_room_for_their_own_model_only(moves: Moves) -> None:

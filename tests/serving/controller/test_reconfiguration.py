@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -14,8 +16,10 @@ from tokenizers import Tokenizer
 from data.layout import Device
 from data.models import ModelSpec
 from planning.resharding import Box
-from planning.transition import position_boxes
+from planning.sharing import plan_deployment
+from planning.transition import Transition, position_boxes
 from serving import messages as m
+from serving.controller import targets
 from tests.serving.controller.scene import Answer, Peer, opened
 
 
@@ -112,6 +116,51 @@ async def test_a_notice_voids_a_preparation_that_counts_on_the_instance(
         await scene.until(lambda: bool(scene.peers["b"].all_heard(m.Prepare)))
         assert scene.fleet.membership.notice("b", 30.0, "api")
         await scene.layout("a")
+
+
+@pytest.mark.parametrize("change", ["notice", "loss"])
+async def test_what_happens_while_a_change_is_planned_makes_the_controller_look_again(
+    tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def plan_slowly(*arguments: Any, **named: Any) -> Transition:
+        began.set()
+        assert go_on.wait(5.0)
+        return plan_deployment(*arguments, **named)
+
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        monkeypatch.setattr(targets, "plan_deployment", plan_slowly)
+        await scene.add("b")
+        await scene.until(began.is_set)
+        began.clear()
+        if change == "notice":
+            assert scene.fleet.membership.notice("b", 30.0, "api")
+        else:
+            scene.peers["a"].leave()
+            await scene.until(lambda: "instance_lost" in scene.kinds())
+        go_on.set()
+        await scene.until(began.is_set)
+        if change == "notice":
+            await scene.until(lambda: scene.fleet.membership.instances["b"].dismissed)
+            assert scene.kinds().count("reconfiguration_started") == 1
+            assert not scene.peers["b"].all_heard(m.Prepare)
+        await scene.layout("a" if change == "notice" else "b")
+        assert "reconfiguration_failed" not in scene.kinds()
+
+
+async def test_who_has_time_is_not_in_a_hurry(tmp_path: Path, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    async with opened(tmp_path, spec, tokenizer, expected=1) as scene:
+        await scene.add("a")
+        await scene.layout("a")
+        await scene.add("b")
+        await scene.layout("a", "b")
+        assert scene.fleet.membership.notice("b", 30.0, "api")
+        await scene.layout("a")
+        orders = [order for order in scene.peers["a"].all_heard(m.Prepare) if isinstance(order, m.Prepare)]
+        assert [order.hurry for order in orders] == [False, False, True]
 
 
 @pytest.mark.parametrize("crowd", [1, 2])

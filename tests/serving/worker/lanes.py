@@ -46,7 +46,7 @@ class Shared:
 
     def meet(self, store: dist.Store, gloo: Any, rank: int, size: int) -> dict[int, Lane]:
         return {
-            reader: Lane(gloo, reader, list(enumerate(own)), self._windows[reader, rank])
+            reader: Lane(gloo, reader, list(enumerate(own)), self._windows[reader, rank], self.memory())
             for (owner, reader), own in self._windows.items()
             if owner == rank
         }
