@@ -42,10 +42,10 @@ def finish(group: Group, sources: Iterable[int], readers: Iterable[int]) -> None
 
 
 def pace(group: Group, copies: Iterable[Callable[[], None]]) -> None:
-    """Copy, asking for a few ahead of the device. What is abandoned meanwhile is not copied any further. Who has
-    nothing to copy does not wait for its device, which may be waiting for a lost peer.
+    """Copy, asking for a few ahead of the device. Without copies the device, which may be waiting for a lost peer, is
+    not waited for.
 
-    Raises `GroupBroken` then.
+    Raises `GroupBroken` if the group was aborted: what is abandoned is not copied any further.
     """
     queued: deque[torch.cuda.Event] = deque()
     some = iter(copies)

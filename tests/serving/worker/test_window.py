@@ -2,14 +2,22 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
+import weakref
+from datetime import timedelta
+from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from serving.worker import window
 from serving.worker.groups import GroupBroken
+from serving.worker.peer_memory import PeerMemory
 from serving.worker.rounds import Rounds, Traffic
-from tests.serving.worker.lanes import SLOT_BYTES, everyone, meet
+from serving.worker.window import Lane, Windows
+from tests.serving.worker.lanes import SLOT_BYTES, SharedMemory, everyone, meet
 
 LARGEST = 160  # what exceeds a slot goes the other way
 
@@ -80,3 +88,46 @@ def test_what_arrives_after_an_abort_is_not_stored() -> None:
 
     everyone(2, exchange)
     assert not cargo[1].stored
+
+
+class Shared(Windows):
+    """Windows in the memory of this process; what opens one is remembered."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), 3 * 4096)
+        self.opened: list[weakref.ref[SharedMemory]] = []
+
+    def memory(self) -> PeerMemory:
+        memory = SharedMemory()
+        self.opened.append(weakref.ref(memory))
+        return cast(PeerMemory, memory)
+
+    @property
+    def open(self) -> int:
+        return sum(one() is not None for one in self.opened)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_window_of_a_lost_peer_is_closed_later_and_never_under_a_lane(
+    monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    """To close it may take as long as the device hangs: whoever meets next must not wait for that."""
+    monkeypatch.setattr(window, "_CLOSED_S", 0.2)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    windows = [Shared(), Shared()]
+    lanes: list[dict[int, Lane]] = [{}, {}]
+
+    def met(rank: int) -> None:
+        own = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=10))
+        lanes[rank] = windows[rank].meet(dist.PrefixStore("first", own), None, rank, 2)
+
+    everyone(2, met)
+    assert [list(found) for found in lanes] == [[1], [0]]
+    if not used:
+        lanes[0].clear()
+    assert windows[0].meet(dist.PrefixStore("alone", store), None, 0, 1) == {}
+    assert windows[0].open == 1, "not while somebody meets"
+    time.sleep(0.4)
+    assert windows[0].open == used
+    lanes[0].clear()
+    assert windows[0].open == 0
