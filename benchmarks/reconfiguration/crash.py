@@ -61,7 +61,9 @@ async def strike(play: Stage, victim: Device, *, stopped_s: float = 0.0) -> Kill
 
 
 async def measure(bench: Bench, report: Report) -> None:
-    """Two replicas of two shards; one loses a rank, the other serves on. Every second victim is stopped first."""
+    """Two replicas of two shards; one loses a rank, the other serves on. Every second victim is stopped first: the
+    device of a leader whose follower is stopped waits in a step.
+    """
     options = bench.options
     if options.gpus < 2:
         report({"case": "kill", "name": "TP2", "skipped": f"two shards need 2 GPUs, here is {options.gpus}"})
@@ -78,7 +80,8 @@ async def measure(bench: Bench, report: Report) -> None:
     ) as play:
         for number in range(options.kills):
             stopped_s = _STOPPED_S * (number % 2)
-            report(await _one(play, rank=(number + 1) % 2, replicated=bool(settings), stopped_s=stopped_s))
+            rank = 1 - number // 2 % 2
+            report(await _one(play, rank=rank, replicated=bool(settings), stopped_s=stopped_s))
             if number + 1 < options.kills:
                 play.service.launch()
                 await play.settle()
@@ -103,6 +106,7 @@ async def _one(play: Stage, *, rank: int, replicated: bool, stopped_s: float) ->
         "case": "kill",
         "name": f"kill -9 of rank {rank} of a TP2 replica{', stopped before' if stopped_s else ''}",
         "replication": replicated,
+        "stopped_ms": _ms(stopped_s),
         "affected": len(affected),
         "others": len(others),
         "step_ms": round(1e3 * step, 2),

@@ -183,6 +183,11 @@ class KvIndex:
                         entries[key] = entries[key]._replace(tokens=tokens)
             return entries
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the device has been through every step so far."""
+        return self.mark is None or self.mark.query()
+
     def catch_up(self) -> None:
         """Wait until the device has been through every step so far."""
         if self.mark is not None:

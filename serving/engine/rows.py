@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 8  # that a program copies at a time
+_ROWS = 16  # that a program copies at a time: what is under way has to fill a link while steps leave few programs room
 _PROGRAMS = 2  # for each processor: enough to fill a link, and steps find room beside them
 
 
@@ -57,7 +57,7 @@ def gather_rows(box: Tensor, slots: Tensor) -> Tensor:
     """`box[:, :, slots]` of `[layers, 2, slots, heads, head_dim]`, contiguous; heads lie side by side in `box`."""
     layers, kinds, _, heads, head_dim = box.shape
     out = torch.empty((layers, kinds, len(slots), heads, head_dim), dtype=box.dtype, device=box.device)
-    _move(box, out, slots, gather=True)
+    copy_rows(box, slots, out, _in_order(slots))
     return out
 
 
@@ -65,66 +65,17 @@ def pack_rows(box: Tensor, slots: Tensor) -> Tensor:
     """The same token by token: `[slots, layers, 2, heads, head_dim]`."""
     layers, kinds, _, heads, head_dim = box.shape
     out = torch.empty((len(slots), layers, kinds, heads, head_dim), dtype=box.dtype, device=box.device)
-    _move(box, out, slots, gather=True, token_major=True)
+    copy_rows(box, slots, out.permute(1, 2, 0, 3, 4), _in_order(slots))
     return out
 
 
 def scatter_rows(box: Tensor, slots: Tensor, data: Tensor) -> None:
     """`box[:, :, slots] = data` for what `gather_rows` returned."""
-    _move(box, data.contiguous(), slots, gather=False)
+    copy_rows(data.contiguous(), _in_order(slots), box, slots)
 
 
-def _move(box: Tensor, packed: Tensor, slots: Tensor, *, gather: bool, token_major: bool = False) -> None:
-    layers, kinds, _, heads, head_dim = box.shape
-    if not len(slots):
-        return
-    width = heads * head_dim
-    _move_rows[(len(slots), layers * kinds)](
-        box,
-        packed,
-        slots,
-        len(slots),
-        box.stride(0),
-        box.stride(1),
-        box.stride(2),
-        KINDS=kinds,
-        WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
-        GATHER=gather,
-        TOKEN_MAJOR=token_major,
-        num_warps=2,
-    )
-
-
-@triton.jit(do_not_specialize=["count"])
-def _move_rows(
-    box: tl.tensor,
-    packed: tl.tensor,
-    slots: tl.tensor,
-    count: tl.tensor,
-    layer_stride: tl.tensor,
-    kind_stride: tl.tensor,
-    row_stride: tl.tensor,
-    KINDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATHER: tl.constexpr,
-    TOKEN_MAJOR: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    plane = tl.program_id(1).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < WIDTH
-    slot = tl.load(slots + row).to(tl.int64)
-    held = box + (plane // KINDS) * layer_stride + (plane % KINDS) * kind_stride + slot * row_stride + at
-    if TOKEN_MAJOR:
-        moved = packed + (row * tl.num_programs(1) + plane) * WIDTH + at
-    else:
-        moved = packed + (plane * count + row) * WIDTH + at
-    if GATHER:
-        tl.store(moved, tl.load(held, mask=inside), mask=inside)
-    else:
-        tl.store(held, tl.load(moved, mask=inside), mask=inside)
+def _in_order(slots: Tensor) -> Tensor:
+    return torch.arange(len(slots), dtype=slots.dtype, device=slots.device)
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])

@@ -34,6 +34,7 @@ _AGAIN_S = 0.5  # between two attempts to connect
 _WINDOW = 8  # frames that may be unanswered
 _LONG_WINDOW = 2  # of these, frames of which steps do not wait
 _SHORT_TOKENS = 8  # of a sequence: more is a prompt, or what was here before the copy
+_POLL_S = 0.0002  # how often to look whether the device has come to a point
 _PATIENCE_S = 0.5  # how long a step, or a frame, waits for answers; a keeper that is slower holds nobody up
 
 
@@ -208,7 +209,9 @@ class KvStream(threading.Thread):
                 self._tell(now[1])
 
     def _send(self, connection: socket.socket, spans: list[Span], ended: list[int], mark: object) -> None:
-        data = self._load(spans, mark) if spans else None
+        if spans and not self._reached(mark):
+            return
+        data = self._load(spans) if spans else None
         if not self._index.unchanged((span.key, span.cached) for span in spans):
             return  # blocks may have been given to somebody else while they were read
         body = as_bytes(data) if data is not None else None
@@ -226,9 +229,19 @@ class KvStream(threading.Thread):
         for span in spans:
             self._sent[span.key] = Cached(span.stop, (), span.cached.life)
 
-    def _load(self, spans: list[Span], mark: object) -> Tensor:
-        if isinstance(mark, torch.cuda.Event):
-            torch.cuda.current_stream(self._cache.device).wait_event(mark)
+    def _reached(self, mark: object) -> bool:
+        """Wait until the device has come this far; False if the stream is to end.
+
+        What waits on the device itself keeps all streams back that share its queue: for ever if a peer was lost in
+        that step, and others need this device to go on.
+        """
+        while isinstance(mark, torch.cuda.Event) and not mark.query():
+            if self._stopped:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def _load(self, spans: list[Span]) -> Tensor:
         tables = ((span.cached.blocks, span.start, span.stop) for span in spans)
         data = self._cache.pack(slots_of(tables, self._cache.block_tokens).to(self._cache.device))
         if data.device.type == "cpu":

@@ -102,10 +102,11 @@ class WeightMover:
         near = self.group.reads
         shows = {peer: [self._show(box) for box in boxes] for peer, boxes in sends.items() if near(peer)}
         sources = [peer for peer in receives if near(peer)]
+        targets = {peer: [self._tensors[box.tensor].view(box) for box in receives[peer]] for peer in sources}
         shown = reading.swap(self.group, shows, sources, Sight)
         seen = {peer: [self.group.see(one, self.dtype) for one in some] for peer, some in shown.items()}
         began = time.monotonic()
-        reading.pace(self.group, (copy for peer in sources for copy in self._copies(receives[peer], seen[peer])))
+        reading.pace(self.group, (copy for peer in sources for copy in copies(targets[peer], seen[peer])))
         limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
         out, into = (
             {peer: messages(boxes, limit) for peer, boxes in some.items() if not near(peer)}
@@ -122,12 +123,6 @@ class WeightMover:
 
     def _show(self, box: Box) -> Sight:
         return self.group.show(self._sources[box.tensor].view(box))
-
-    def _copies(self, boxes: Sequence[Box], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
-        """A gigabyte at a time: every call has to wait for the interpreter while others decode."""
-        targets = [self._tensors[box.tensor].view(box) for box in boxes]
-        for low, high in arenas([box.elements for box in boxes], _ARENA_BYTES // self.dtype.itemsize):
-            yield partial(torch._foreach_copy_, targets[low:high], seen[low:high], True)
 
     def load(self, message: list[Box]) -> Tensor:
         """See `Cargo`."""
@@ -174,6 +169,12 @@ class WeightMover:
         if common != target.box:
             target.view(common).copy_(held.view(common))
         return common.elements * self.dtype.itemsize
+
+
+def copies(targets: list[Tensor], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
+    """A gigabyte at a time: every call has to wait for the interpreter while others decode."""
+    for low, high in arenas([one.nbytes for one in targets], _ARENA_BYTES):
+        yield partial(torch._foreach_copy_, targets[low:high], seen[low:high], True)
 
 
 def arenas(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -82,6 +82,11 @@ class Position:
         """The part of a replica, if it is of this group."""
         return next((part for part in self.parts if part.hosted.replica == replica), None)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the device has been through every step that this rank was told."""
+        return all(part.index.at_rest for part in self.parts)
+
     def abort(self) -> None:
         """From any thread: make whatever this rank waits for fail. All groups: a kernel that waits in one of them
         would hold up everything that has to wait for the device, the end of the others included.

@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 # time for it, and in a hurry.
 _REST_S, _SHORT_REST_S = 0.004, 0.002
 _BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
+_HUNG_S = 0.03  # after a loss: a step that is not over by then waits for the lost peer, and others for this device
 
 
 @dataclass(slots=True)
@@ -434,18 +435,22 @@ class Worker:
         """Stop the loop of a broken replica, and keep the caches of its group at hand.
 
         While its communicators are taken down nothing else gets at the device. Others want to read these
-        caches now, so that comes a little later, or when this device is to compute again.
+        caches now, so that comes a little later, or when this device is to compute again; but at once if the
+        device waits for the lost peer, because then nobody reads anything.
         """
         with self._lock:
-            if self._runs([replica]):
-                self._broken.append(self._set_aside())
-                later = threading.Timer(_BROKEN_S if self._side_stream else 0.0, self._end_broken)
-                later.daemon = True
-                later.start()
+            if not self._runs([replica]):
+                return
+            self._broken.append(self._set_aside())
+        for after_s in (_HUNG_S, _BROKEN_S) if self._side_stream else (0.0,):
+            later = threading.Timer(after_s, self._end_broken, [after_s == _HUNG_S])
+            later.daemon = True
+            later.start()
 
-    def _end_broken(self) -> None:
+    def _end_broken(self, hung_only: bool = False) -> None:
         with self._lock:
-            broken, self._broken = self._broken, []
+            broken = [loop for loop in self._broken if not (hung_only and loop.position.at_rest)]
+            self._broken = [loop for loop in self._broken if loop not in broken]
         for loop in broken:
             loop.position.abort()
         clear_aside(broken)

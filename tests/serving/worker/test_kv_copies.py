@@ -248,7 +248,9 @@ def test_a_failure_leaves_what_the_device_has_been_through() -> None:
     assert {key: one.tokens for key, one in index.computed().items()} == {1: 4, 2: 21}
     marks[1].passed = True
     assert {key: one.tokens for key, one in index.computed().items()} == {1: 8, 2: 22}
+    assert not index.at_rest
     index.catch_up()
+    assert index.at_rest
     assert index.computed() == index.snapshot()
 
 
