@@ -21,7 +21,7 @@ from torch import Tensor
 
 from serving.engine.batch import StepPlan
 from serving.engine.kv_cache import KvCache, slots_of
-from serving.engine.kv_index import Cached, Kept, KvIndex
+from serving.engine.kv_index import Cached, Kept, KvIndex, Mark
 from serving.errors import TransportError
 from serving.worker import kv_wire as wire
 from serving.worker.checksum import as_bytes, checksum
@@ -34,7 +34,6 @@ _AGAIN_S = 0.5  # between two attempts to connect
 _WINDOW = 8  # frames that may be unanswered
 _LONG_WINDOW = 2  # of these, frames of which steps do not wait
 _SHORT_TOKENS = 8  # of a sequence: more is a prompt, or what was here before the copy
-_POLL_S = 0.0002  # how often to look whether the device has come to a point
 _PATIENCE_S = 0.5  # how long a step, or a frame, waits for answers; a keeper that is slower holds nobody up
 
 
@@ -208,10 +207,8 @@ class KvStream(threading.Thread):
             if now != before:  # two threads come here, and what is said last must be what is so
                 self._tell(now[1])
 
-    def _send(self, connection: socket.socket, spans: list[Span], ended: list[int], mark: object) -> None:
-        if spans and not self._reached(mark):
-            return
-        data = self._load(spans) if spans else None
+    def _send(self, connection: socket.socket, spans: list[Span], ended: list[int], mark: Mark | None) -> None:
+        data = self._load(spans, mark) if spans else None
         if not self._index.unchanged((span.key, span.cached) for span in spans):
             return  # blocks may have been given to somebody else while they were read
         body = as_bytes(data) if data is not None else None
@@ -229,19 +226,12 @@ class KvStream(threading.Thread):
         for span in spans:
             self._sent[span.key] = Cached(span.stop, (), span.cached.life)
 
-    def _reached(self, mark: object) -> bool:
-        """Wait until the device has come this far; False if the stream is to end.
-
-        What waits on the device itself keeps all streams back that share its queue: for ever if a peer was lost in
-        that step, and others need this device to go on.
+    def _load(self, spans: list[Span], mark: Mark | None) -> Tensor:
+        """What the device has once it is past `mark`. This thread waits for that: a stream that waits on the device
+        keeps others back that share its queue, and behind a lost peer for ever.
         """
-        while isinstance(mark, torch.cuda.Event) and not mark.query():
-            if self._stopped:
-                return False
-            time.sleep(_POLL_S)
-        return True
-
-    def _load(self, spans: list[Span]) -> Tensor:
+        if mark is not None:
+            mark.synchronize()
         tables = ((span.cached.blocks, span.start, span.stop) for span in spans)
         data = self._cache.pack(slots_of(tables, self._cache.block_tokens).to(self._cache.device))
         if data.device.type == "cpu":
