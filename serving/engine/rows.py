@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 16  # that a program copies at a time: what is under way has to fill a link while steps leave few programs room
+_ROWS = 8  # that a program copies at a time
 _PROGRAMS = 2  # for each processor: enough to fill a link, and steps find room beside them
 
 
