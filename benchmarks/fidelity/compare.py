@@ -8,40 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fidelity.calibration import calibrated
+from benchmarks.fidelity.calibration import calibrated, profile
 from benchmarks.fidelity.drag import eased
 from benchmarks.fidelity.drag import summary as drag_summary
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.play import Played, book_of
-from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, Script
+from benchmarks.fidelity.scripts import Script
 from benchmarks.fidelity.steps import quality
-from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
 from planning.simulation.fleet import Served, simulate_fleet
-from planning.simulation.fleet_profile import Charges, Degrees, FleetProfile
+from planning.simulation.fleet_profile import Charges
 from planning.simulation.serving import Array, Outcome
 from planning.step_laws import StepLaw
-from serving.controller.dispatch import Replica
-from serving.controller.orders import kv_blocks
 from serving.requests import Event
 
 Result = dict[str, Any]
 
 MEAN_BAR, P99_BAR = 0.10, 0.15
 TRACE = "trace"  # what figures are drawn from: request by request, too much for a results file
-
-
-def profile(measured: Measured, charges: Charges, spec: ModelSpec) -> FleetProfile:
-    """What the simulation is told of the fleet."""
-    laws = measured.laws()
-    blocks = {degrees: _blocks(spec, degrees) for degrees in laws}
-    return FleetProfile(laws, blocks, charges, ENGINE.step_tokens, ENGINE.block_tokens)
-
-
-def _blocks(spec: ModelSpec, degrees: Degrees) -> int:
-    config = ParallelConfig(1, *degrees, MAX_BATCH)
-    devices = tuple(Device("any", index) for index in range(config.devices))
-    return kv_blocks(spec, Replica(0, 0, config, devices, 0), ENGINE)
 
 
 def compared(

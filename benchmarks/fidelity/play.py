@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from benchmarks.fidelity.calibration import capacity_rps, profile
 from benchmarks.fidelity.clients import Clients, Stream
 from benchmarks.fidelity.drag import Drag
 from benchmarks.fidelity.measure import Measured, Survey, working
@@ -62,8 +63,9 @@ async def play(script: Script, seed: int, checkpoint: str, home: Path, start: St
         clients = Clients(client, spec.vocab, seed)
         survey = Survey(service, clients, script, ENGINE, found)
         await survey.walk()
+        rate_rps = script.load * capacity_rps(profile(found, found.charges(), spec), script)
         surveyed_s = time.monotonic()
-        played = await _run(script, seed, service, clients)
+        played = await _run(script, script.workload(seed, rate_rps), service, clients)
         played_s = time.monotonic()
         await survey.walk()
         watching.cancel()
@@ -80,11 +82,10 @@ def book_of(script: Script, spec: ModelSpec) -> PlanBook:
     return given_plans(spec, script.layouts, max_batch=MAX_BATCH)
 
 
-async def _run(script: Script, seed: int, service: Fleet, clients: Clients) -> Played:
+async def _run(script: Script, workload: Workload, service: Fleet, clients: Clients) -> Played:
     layout = await _layout(service)
     staying = [name for name, instance in service.instances.items() if not instance.leaving]
     instances, first = sorted(staying), len(service.events)
-    workload = script.workload(seed)
     began_s, began_unix_s = time.monotonic(), time.time()
     happenings: list[Happening] = []
     async with asyncio.timeout(workload.duration_s + _FINISH_S), asyncio.TaskGroup() as group:

@@ -19,8 +19,9 @@ import pytest
 from benchmarks.fidelity import shared_compare
 from benchmarks.fidelity.__main__ import main
 from benchmarks.fidelity.alone import NAMED, create_models
+from benchmarks.fidelity.calibration import capacity_rps, profile
 from benchmarks.fidelity.clients import Stream, steady_s, tokens_per_s
-from benchmarks.fidelity.compare import compared, profile
+from benchmarks.fidelity.compare import compared
 from benchmarks.fidelity.crew import Job, play_all, shares_of
 from benchmarks.fidelity.measure import Measured, degrees_of
 from benchmarks.fidelity.page import markdown, tables, write_page
@@ -50,18 +51,19 @@ MACHINE = {"cpu": "any", "cores": 6}
 SHORT = Script(
     "short",
     {4: "2x1x1", 3: "2x1x1", 2: "1x1x1", 1: "1x1x1"},
-    30, 1.5, 1.0, (8, 32), (12, 32),
+    20.0, 0.3, 1.0, (8, 32), (12, 32),
     (Deed(4.0, "notice", 0, 2.0), Deed(9.0, "kill", 0), Deed(14.0, "add")),
+    least_requests=30,
 )  # fmt: skip
 _TOLERANCE, _BUSY_CORES = 0.4, 0.3
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_a_script_has_work_for_a_percentile_and_a_layout_for_every_state_it_reaches(script: Script) -> None:
-    work = script.workload(0)
-    assert work == script.workload(0) != script.workload(1)
-    assert len(work.requests) >= 500
-    assert work.requests[-1].arrival_s > script.deeds[-1].time_s
+    slow, quick = (script.workload(0, rate_rps) for rate_rps in (1.0, 8.0))
+    assert quick == script.workload(0, 8.0) != script.workload(1, 8.0)
+    assert len(slow.requests) == 500 < len(quick.requests)
+    assert min(work.requests[-1].arrival_s for work in (slow, quick)) > script.deeds[-1].time_s
     live = INSTANCES
     for deed in script.deeds:
         live += 1 if deed.kind == "add" else -1
@@ -146,10 +148,22 @@ def test_what_was_measured_becomes_a_profile() -> None:
     assert law.work_s(_decode(4, 40)) == pytest.approx(LAW.work_s(_decode(4, 40)), rel=0.03)
 
 
+def test_a_script_asks_for_a_share_of_what_its_least_layout_serves(tmp_path: Path) -> None:
+    create_checkpoint(str(tmp_path / "model"), seed=0, **CPU.model)
+    spec, found = read_spec(str(tmp_path / "model")), _measured()
+    told = profile(found, found.charges(), spec)
+    assert SHORT.visited == ("2x1x1", "1x1x1")
+    single = replace(SHORT, layouts=dict.fromkeys(SHORT.layouts, "1x1x1"))
+    double = replace(SHORT, layouts=dict.fromkeys(SHORT.layouts, "2x1x1"))
+    assert capacity_rps(told, SHORT) == capacity_rps(told, single) < capacity_rps(told, double)
+    quick = {degrees: StepLaw(tuple(each / 4 for each in law.coefficients)) for degrees, law in told.laws.items()}
+    assert capacity_rps(replace(told, laws=quick), single) > 3.5 * capacity_rps(told, single)
+
+
 def _own_simulation(tmp_path: Path) -> tuple[Recording, ModelSpec]:
     """A run that went exactly as the simulation says."""
     create_checkpoint(str(tmp_path / "model"), seed=0, **CPU.model)
-    spec, found, work = read_spec(str(tmp_path / "model")), _measured(), SHORT.workload(0)
+    spec, found, work = read_spec(str(tmp_path / "model")), _measured(), SHORT.workload(0, 1.5)
     book, told = given_plans(spec, SHORT.layouts), profile(found, found.charges(), spec)
     names, layout = [f"i{number}" for number in range(4)], [[Device("i0", 0)], [Device("i1", 0)]]
     served = simulate_fleet(book, told, work, [], names, layout)
