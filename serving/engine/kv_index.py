@@ -69,7 +69,7 @@ class KvIndex:
         self._under_way: deque[tuple[Mark, dict[int, int]]] = deque()  # how many tokens there were before each step
         self._settled_mark: Mark | None = None
         self._changes = 0
-        self._hurry = False
+        self._hurry = self._launching = False
         self._lives = self._restarts = 0
         self.mark: Mark | None = None
         self._changed = threading.Condition(self._lock)
@@ -77,6 +77,7 @@ class KvIndex:
     def begin(self, plan: StepPlan) -> None:
         """Before a step is computed: its blocks belong to its sequences from now on."""
         with self._lock:
+            self._launching = True
             for key in plan.ended:
                 self._forget(key)
             for one in plan.sequences:
@@ -99,6 +100,7 @@ class KvIndex:
         `mark` is what a reader has to wait for before the KV of this step is in memory (a CUDA event).
         """
         with self._changed:
+            self._launching = False
             self._settled_mark, self.mark = self.mark, mark
             self._fresh = {one.key: one.start for one in plan.sequences}
             while self._under_way and self._under_way[0][0].query():
@@ -185,8 +187,10 @@ class KvIndex:
 
     @property
     def at_rest(self) -> bool:
-        """Whether the device has been through every step so far."""
-        return self.mark is None or self.mark.query()
+        """Whether the device has been through every step so far. A step that was begun and not finished may be there in
+        part, also if that failed.
+        """
+        return not self._launching and (self.mark is None or self.mark.query())
 
     def catch_up(self) -> None:
         """Wait until the device has been through every step so far."""

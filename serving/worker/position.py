@@ -84,7 +84,7 @@ class Position:
 
     @property
     def at_rest(self) -> bool:
-        """Whether the device has been through every step that this rank was told."""
+        """Whether the device has been through every step of this rank; activations on their way do not count."""
         return all(part.index.at_rest for part in self.parts)
 
     def abort(self) -> None:

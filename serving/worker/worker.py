@@ -33,7 +33,7 @@ from serving.worker.build import (
     rehearse_models,
     weight_dtype,
 )
-from serving.worker.clearing import clear_aside
+from serving.worker.clearing import BrokenLoops, clear_aside
 from serving.worker.communicators import Communicators
 from serving.worker.copies import Copies
 from serving.worker.groups import Group, GroupBroken, connect_store
@@ -52,8 +52,6 @@ logger = logging.getLogger(__name__)
 # Of a thread that records steps while another one of the process computes them, in every layer twice: where there is
 # time for it, and in a hurry.
 _REST_S, _SHORT_REST_S = 0.004, 0.002
-_BROKEN_S = 1.0  # in which others may read what a broken replica left, undisturbed
-_HUNG_S = 0.03  # after a loss: a step that is not over by then waits for the lost peer, and others for this device
 
 
 @dataclass(slots=True)
@@ -89,7 +87,7 @@ class Worker:
         self._prepared: dict[int, PreparedRole] = {}
         self._abandoned_through = -1
         self._loop: StepLoop | None = None
-        self._broken: list[StepLoop] = []  # whose communicators are still to be taken down
+        self._broken = BrokenLoops(on_gpu=cuda)
         self._copies = Copies(settings)
         self._lock = threading.Lock()  # orders to let go arrive while threads take on
         self._connection: Connection[m.Downward] | None = None
@@ -233,7 +231,7 @@ class Worker:
             rest_s=self._rest_s(order),
         )
         if order.role:
-            self._end_broken()
+            self._broken.end_all()
         world = build.group("world", order.world, self.name, windows=self._windows)
         mover = WeightMover(
             world,
@@ -432,28 +430,10 @@ class Worker:
         return loop
 
     def _salvage(self, replica: int) -> None:
-        """Stop the loop of a broken replica, and keep the caches of its group at hand.
-
-        While its communicators are taken down nothing else gets at the device. Others want to read these
-        caches now, so that comes a little later, or when this device is to compute again; but at once if the
-        device waits for the lost peer, because then nobody reads anything.
-        """
+        """Stop the loop of a broken replica, and keep the caches of its group at hand."""
         with self._lock:
-            if not self._runs([replica]):
-                return
-            self._broken.append(self._set_aside())
-        for after_s in (_HUNG_S, _BROKEN_S) if self._side_stream else (0.0,):
-            later = threading.Timer(after_s, self._end_broken, [after_s == _HUNG_S])
-            later.daemon = True
-            later.start()
-
-    def _end_broken(self, hung_only: bool = False) -> None:
-        with self._lock:
-            broken = [loop for loop in self._broken if not (hung_only and loop.position.at_rest)]
-            self._broken = [loop for loop in self._broken if loop not in broken]
-        for loop in broken:
-            loop.position.abort()
-        clear_aside(broken)
+            if self._runs([replica]):
+                self._broken.add(self._set_aside())
 
     def _keep(self, replicas: list[int]) -> None:
         with self._lock:
@@ -499,7 +479,7 @@ class Worker:
         if self._loop is not None:
             self._retire(self._loop.position.replicas)
         self._keep([])
-        self._end_broken()
+        self._broken.end_all()
         self._communicators.clear()
         self._abandoned_through = -1
 
