@@ -230,10 +230,11 @@ class KvStream(threading.Thread):
         """What the device has once it is past `mark`. This thread waits for that: a stream that waits on the device
         keeps others back that share its queue, and behind a lost peer for ever.
         """
+        tables = ((span.cached.blocks, span.start, span.stop) for span in spans)
+        slots = slots_of(tables, self._cache.block_tokens).to(self._cache.device)
         if mark is not None:
             mark.synchronize()
-        tables = ((span.cached.blocks, span.start, span.stop) for span in spans)
-        data = self._cache.pack(slots_of(tables, self._cache.block_tokens).to(self._cache.device))
+        data = self._cache.pack(slots)
         if data.device.type == "cpu":
             return data
         pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
