@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 8  # that a program copies at a time
+_ROWS, _VALUES = 8, 8192  # that a program copies at a time, at most: more do not fit in its registers
 _PROGRAMS = 2  # for each processor: enough to fill a link, and steps find room beside them
 
 
@@ -28,7 +28,9 @@ def copy_rows(source: Tensor, there: Tensor, box: Tensor, here: Tensor) -> None:
     if not len(here):
         return
     width = heads * head_dim
-    tiles = triton.cdiv(len(here), _ROWS) * layers * kinds
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(_ROWS, _VALUES // block))
+    tiles = triton.cdiv(len(here), rows) * layers * kinds
     _copy_rows[(min(tiles, _programs(box.device)),)](
         source,
         box,
@@ -40,8 +42,8 @@ def copy_rows(source: Tensor, there: Tensor, box: Tensor, here: Tensor) -> None:
         *(box.stride(dim) for dim in range(3)),
         KINDS=kinds,
         WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
-        ROWS=_ROWS,
+        BLOCK=block,
+        ROWS=rows,
         num_warps=4,
     )
 

@@ -106,7 +106,7 @@ class WeightMover:
         shown = reading.swap(self.group, shows, sources, Sight)
         seen = {peer: [self.group.see(one, self.dtype) for one in some] for peer, some in shown.items()}
         began = time.monotonic()
-        reading.pace(self.group, (copy for peer in sources for copy in copies(targets[peer], seen[peer])))
+        reading.pace(self.group, (copy for peer in sources for copy in _reads(targets[peer], seen[peer])))
         limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
         out, into = (
             {peer: messages(boxes, limit) for peer, boxes in some.items() if not near(peer)}
@@ -171,8 +171,8 @@ class WeightMover:
         return common.elements * self.dtype.itemsize
 
 
-def copies(targets: list[Tensor], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
-    """A gigabyte at a time: every call has to wait for the interpreter while others decode."""
+def _reads(targets: list[Tensor], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
+    """Copies of what is seen, a gigabyte at a time: every call has to wait for the interpreter while others decode."""
     for low, high in arenas([one.nbytes for one in targets], _ARENA_BYTES):
         yield partial(torch._foreach_copy_, targets[low:high], seen[low:high], True)
 

@@ -181,6 +181,15 @@ def test_rows_are_packed_token_by_token(kernel_device: torch.device) -> None:
     assert torch.equal(source.pack(slots), source.gather(slots, (2, 5), (0, 3)).permute(2, 0, 1, 3, 4))
 
 
+def test_rows_that_fill_the_registers_are_packed_too(kernel_device: torch.device) -> None:
+    wide = KvCache((0, 1), (0, 40), 256, 2, BLOCK_TOKENS, torch.bfloat16, kernel_device)
+    for pages in wide.pages(0):
+        pages.normal_()
+    slots = torch.tensor([3, 1, 7], device=kernel_device)
+    expected = extract(wide, range(2), 2 * BLOCK_TOKENS, (0, 1), (0, 40))[:, :, slots.cpu()]
+    assert torch.equal(wide.gather(slots, (0, 1), (0, 40)).to(expected.device), expected)
+
+
 def several_layers(device: torch.device) -> KvCache:
     cache = KvCache((2, 5), (0, 3), 24, 6, BLOCK_TOKENS, torch.bfloat16, device)
     for layer in range(2, 5):
