@@ -23,7 +23,7 @@ _SPARE = 1.2  # room for a checkpoint, as a multiple of its weights
 _CUDA: dict[str, Any] = {
     "cases": "planned,kill,replication", "requests": 32, "context": 2048, "max_tokens": 4096, "step_tokens": 2048,
     "before_s": 2.0, "after_s": 4.0, "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336,
-    "vocab": 128256, "dtype": "bfloat16", "changes": 0, "kills": 2, "batches": "32,128",
+    "vocab": 128256, "dtype": "bfloat16", "changes": 0, "kills": 4, "batches": "32,128",
     "replication_context": 1024, "link_bytes": 1 << 30, "scratch": "/dev/shm",
 }  # fmt: skip
 _CPU: dict[str, Any] = {
