@@ -1,4 +1,4 @@
-"""What a simulation is told of a fleet: laws that are right once steps queue behind each other; and what it can serve.
+"""What a measured fleet is taken to be: laws that are right once steps queue behind each other, and what it can serve.
 
 A law takes the stages of a pipeline for evenly filled and always at work, so what was lost between them while it was
 measured is in its coefficients, and a simulation, in which stages wait for each other, loses it again. So the flows
@@ -8,7 +8,7 @@ that were measured are simulated by the law, and it is scaled by how much too sl
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -16,17 +16,22 @@ from benchmarks.fidelity.measure import Measured, degrees_of
 from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, Script
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
+from planning.simulation.batching import BatchLimits
 from planning.simulation.fleet_profile import Charges, Degrees, FleetProfile
 from planning.simulation.flow import flow_token_s
 from planning.step_laws import Observed, StepLaw
 from serving.controller.dispatch import Replica
 from serving.controller.orders import kv_blocks
 
+Laws = Mapping[Degrees, StepLaw]
+Blocks = Mapping[Degrees, int]
+"""Of the KV of a replica."""
+
 _FULL = 2  # sequences in every step: all stages of all replicas are then at work
 
 
 def profile(measured: Measured, charges: Charges, spec: ModelSpec) -> FleetProfile:
-    """What was measured, as it is."""
+    """What was measured of a fleet's steps, with what changes are charged, and room for KV as its workers have it."""
     laws = measured.laws()
     blocks = {degrees: _blocks(spec, degrees) for degrees in laws}
     return FleetProfile(laws, blocks, charges, ENGINE.step_tokens, ENGINE.block_tokens)
@@ -38,34 +43,33 @@ def _blocks(spec: ModelSpec, degrees: Degrees) -> int:
     return kv_blocks(spec, Replica(0, 0, config, devices, 0), ENGINE)
 
 
-def capacity_rps(told: FleetProfile, script: Script) -> float:
-    """Requests of a script that the least of its layouts serves in a second, with a full batch in every replica."""
-    return min(_capacity_rps(told, script, layout) for layout in script.visited)
+def calibrated(told: FleetProfile, measured: Measured, script: Script) -> FleetProfile:
+    """The profile with laws by which simulated flows are as quick as the measured ones, in the median."""
+    return replace(told, laws=_calibrated(told.laws, told.kv_blocks, measured, script))
 
 
-def _capacity_rps(told: FleetProfile, script: Script, layout: str) -> float:
+def rate_rps(measured: Measured, script: Script, spec: ModelSpec) -> float:
+    """How many requests of a script come in a second: its load of what the least of its layouts serves."""
+    laws = measured.laws()
+    blocks = {degrees: _blocks(spec, degrees) for degrees in laws}
+    laws = _calibrated(laws, blocks, measured, script)
+    return script.load * min(_capacity_rps(laws, blocks, script, layout) for layout in script.visited)
+
+
+def _capacity_rps(laws: Laws, blocks: Blocks, script: Script, layout: str) -> float:
+    """With a full batch in every replica."""
     replicas, degrees = degrees_of(layout)
     config, clients = ParallelConfig(replicas, *degrees, MAX_BATCH), replicas * MAX_BATCH
-    token_s = _token_s(told, config, clients, script)
+    token_s = _token_s(laws[degrees], blocks[degrees], config, clients, script)
     return clients / token_s / (sum(script.outputs) / 2)
 
 
-def _token_s(told: FleetProfile, config: ParallelConfig, clients: int, script: Script) -> float:
-    """Seconds from one token of a client to its next, when so many clients send a script's requests for ever."""
-    source = random.Random(clients)
-
-    def draw() -> tuple[int, int]:
-        return source.randint(*script.prompts), source.randint(*script.outputs)
-
-    law, limits = told.laws[config.stages, config.shards], told.limits(replace(config, replicas=1))
-    return flow_token_s(law, config, limits, clients, draw)
-
-
-def calibrated(told: FleetProfile, measured: Measured, script: Script) -> FleetProfile:
-    """The profile with laws by which simulated flows are as quick as the measured ones, in the median."""
+def _calibrated(laws: Laws, blocks: Blocks, measured: Measured, script: Script) -> dict[Degrees, StepLaw]:
     observed = measured.by_degrees()
-    factors = {degrees: _factor(told, degrees, observed[degrees], script) for degrees in told.laws}
-    return replace(told, laws={degrees: _scaled(law, factors[degrees]) for degrees, law in told.laws.items()})
+    return {
+        degrees: _scaled(law, _factor(law, blocks[degrees], degrees, observed[degrees], script))
+        for degrees, law in laws.items()
+    }
 
 
 def _scaled(law: StepLaw, factor: float) -> StepLaw:
@@ -73,12 +77,23 @@ def _scaled(law: StepLaw, factor: float) -> StepLaw:
     return replace(law, coefficients=coefficients, overhead_s=factor * law.overhead_s)
 
 
-def _factor(told: FleetProfile, degrees: Degrees, observed: Sequence[Observed], script: Script) -> float:
+def _factor(law: StepLaw, blocks: int, degrees: Degrees, observed: Sequence[Observed], script: Script) -> float:
     ratios = [
-        flow.seconds / (flow.drag * _token_s(told, config, clients, script))
+        flow.seconds / (flow.drag * _token_s(law, blocks, config, clients, script))
         for flow, config, clients in full_flows(degrees, observed)
     ]
     return median(ratios) if ratios else 1.0
+
+
+def _token_s(law: StepLaw, blocks: int, config: ParallelConfig, clients: int, script: Script) -> float:
+    """Seconds from one token of a client to its next, when so many clients send a script's requests for ever."""
+    source = random.Random(clients)
+
+    def draw() -> tuple[int, int]:
+        return source.randint(*script.prompts), source.randint(*script.outputs)
+
+    limits = BatchLimits(MAX_BATCH, ENGINE.step_tokens, ENGINE.block_tokens, blocks, config.stages)
+    return flow_token_s(law, config, limits, clients, draw)
 
 
 def full_flows(degrees: Degrees, observed: Sequence[Observed]) -> Iterator[tuple[Observed, ParallelConfig, int]]:

@@ -54,6 +54,7 @@ def compared(
         "seed": seed,
         "layouts": {str(count): layout for count, layout in script.layouts.items()},
         "requests": len(latency_s),
+        "rate_rps": round(played.workload.rate_rps, 3),
         "foreign_cores": played.foreign_cores,
         "probe_ms": played.probe_ms,
         "drag": drag_summary(played.drag),

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.fidelity.calibration import capacity_rps, profile
+from benchmarks.fidelity.calibration import rate_rps
 from benchmarks.fidelity.clients import Clients, Stream
 from benchmarks.fidelity.drag import Drag
 from benchmarks.fidelity.measure import Measured, Survey, working
@@ -63,9 +63,9 @@ async def play(script: Script, seed: int, checkpoint: str, home: Path, start: St
         clients = Clients(client, spec.vocab, seed)
         survey = Survey(service, clients, script, ENGINE, found)
         await survey.walk()
-        rate_rps = script.load * capacity_rps(profile(found, found.charges(), spec), script)
+        workload = script.workload(seed, await asyncio.to_thread(rate_rps, found, script, spec))
         surveyed_s = time.monotonic()
-        played = await _run(script, script.workload(seed, rate_rps), service, clients)
+        played = await _run(script, workload, service, clients)
         played_s = time.monotonic()
         await survey.walk()
         watching.cancel()

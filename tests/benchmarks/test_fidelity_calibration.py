@@ -10,7 +10,7 @@ import pytest
 from benchmarks.fidelity.calibration import calibrated
 from benchmarks.fidelity.drag import elasticity
 from benchmarks.fidelity.measure import Measured
-from benchmarks.fidelity.scripts import MAX_BATCH, SCRIPTS
+from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, SCRIPTS
 from data.layout import ParallelConfig
 from planning.simulation.fleet_profile import FleetProfile
 from planning.simulation.flow import flow_token_s
@@ -37,7 +37,7 @@ def test_laws_are_scaled_until_simulated_flows_are_as_quick_as_measured_ones() -
     """Stages that wait for each other are in the measurement; the simulation makes them wait once more."""
     mix = mix_of([(30, 1), (34, 1)], 4)
     law = StepLaw((0.01, 0.002, 0.0002, 0.0, 0.0, 0.0, 0.0), (1.0, 1.3))
-    told = FleetProfile({(2, 1): law}, {(2, 1): 500}, CHARGES, 64, 4)
+    told = FleetProfile({(2, 1): law}, {(2, 1): 500}, CHARGES, ENGINE.step_tokens, ENGINE.block_tokens)
     source = random.Random(4)
     config = ParallelConfig(1, 2, 1, MAX_BATCH)
 
