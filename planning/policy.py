@@ -106,13 +106,15 @@ def hysteretic(problem: Problem, gain: float) -> Solution:
 def solve_exactly(problem: Problem) -> Solution:
     """The linear program over how often each decision is taken, solved by HiGHS.
 
-    `share[n, i]` is the part of time in a state, `pace[n, i, j]` how often per second a fleet that comes
-    to n with i in force goes on with j.
+    `share[n, i]` is the part of time in a state, `pace[n, i, j]` how often per unit of time a fleet that comes to n with
+    i in force goes on with j. The unit is that of the quickest change: a solver takes coefficients of a fleet
+    that hardly changes for zeros, or gives up.
     """
     cp: Any = import_module("cvxpy")  # for making plans only, and without types
 
     counts, options = problem.fits.shape
-    leaving = problem.rates.sum(axis=1)
+    rates = problem.rates / (problem.rates.max() or 1.0)
+    moving = problem.moving * (problem.rates.max() or 1.0)
     share = cp.Variable((counts, options), nonneg=True)
     pace = [cp.Variable((options, options), nonneg=True) for _ in range(counts)]
     rules = [cp.sum(share) == 1]
@@ -120,9 +122,9 @@ def solve_exactly(problem: Problem) -> Solution:
     for count in range(counts):
         fits = problem.fits[count].astype(float)
         rules.append(share[count] <= fits)
-        rules.append(cp.sum(pace[count], axis=0) == share[count] * leaving[count])
-        rules.append(cp.sum(pace[count], axis=1) == problem.rates[:, count] @ share)
-        cost += cp.sum(cp.multiply(pace[count], problem.moving))
+        rules.append(cp.sum(pace[count], axis=0) == share[count] * rates[count].sum())
+        rules.append(cp.sum(pace[count], axis=1) == rates[:, count] @ share)
+        cost += cp.sum(cp.multiply(pace[count], moving))
     program = cp.Problem(cp.Minimize(cost), rules)
     program.solve(solver=cp.HIGHS)
     if program.status not in ("optimal", "optimal_inaccurate"):

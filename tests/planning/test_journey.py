@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.cluster import ClusterSpec, ClusterState, InstanceType
@@ -54,6 +54,7 @@ def state(count: int) -> ClusterState:
     st.floats(0.0, 30.0),
     st.integers(1, 2),
 )
+@example("journey", 1.0, 0.3046875, 1e-5, 1e-5, 1.0, 1)  # a fleet that hardly ever changes
 def test_choosing_twice_is_choosing_once(
     policy: Policy, rate: float, memory: float, lost: float, come: float, cut_s: float, devices: int
 ) -> None:
