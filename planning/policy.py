@@ -106,9 +106,9 @@ def hysteretic(problem: Problem, gain: float) -> Solution:
 def solve_exactly(problem: Problem) -> Solution:
     """The linear program over how often each decision is taken, solved by HiGHS.
 
-    `share[n, i]` is the part of time in a state, `pace[n, i, j]` how often per unit of time a fleet that comes to n with
-    i in force goes on with j. The unit is that of the quickest change: a solver takes coefficients of a fleet
-    that hardly changes for zeros, or gives up.
+    `share[n, i]` is the part of time in a state, `pace[n, i, j]` how often per unit of time a fleet that comes to n
+    with i in force goes on with j. The unit is that of the quickest change: with seconds the solver gives up
+    on fleets that hardly change.
     """
     cp: Any = import_module("cvxpy")  # for making plans only, and without types
 
