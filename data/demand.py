@@ -72,7 +72,8 @@ class History:
             raise InvalidInput(f"requests ask for {unknown[0]!r}, which is none of the models {', '.join(names)}")
         ordered = sorted(rows, key=lambda row: row[0])
         numbers = {name: number for number, name in enumerate(names)}
-        times_s = np.array([row[0] for row in ordered], dtype=float)
+        # To the nanosecond: of a gap that no clock can tell, rates would be infinite.
+        times_s = np.array([row[0] for row in ordered], dtype=float).round(9)
         arrivals = Arrivals.of(times_s - times_s[:1], [numbers[row[1]] for row in ordered])
         lengths = np.array([row[2:] for row in ordered], dtype=np.int64).reshape(-1, 2)
         return cls(tuple(names), arrivals, lengths[:, 0], lengths[:, 1])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.demand import Demand, History, gap_cv, read_history
@@ -15,6 +15,7 @@ ROW = st.tuples(st.floats(0, 1e4), st.sampled_from(["a", "b"]), st.integers(1, 1
 
 
 @given(st.lists(ROW, min_size=1))
+@example([(0.0, "a", 1, 1), (5e-324, "a", 1, 1)])
 def test_a_history_is_in_order_and_loses_nothing(rows: list[tuple[float, str, int, int]]) -> None:
     history = History.of(["a", "b"], rows)
     assert len(history) == len(rows)
