@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,13 +19,14 @@ from serving.messages import KvPieces, KvSpan
 from serving.worker import reading
 from serving.worker.groups import Group
 from serving.worker.peer_memory import Sight
+from serving.worker.reading import Way
 from serving.worker.rounds import Rounds, Traffic
 
 logger = logging.getLogger(__name__)
 
 _HERE = b"here"
 _SLOT_LISTS = 8  # that are worth keeping
-_COPY_BYTES = 512 << 20  # of one copy: every call has to wait for the interpreter while others decode
+_COPY_BYTES = 512 << 20  # of one copy beside steps: every call has to wait for the interpreter
 
 Caches = Callable[[KvPieces], KvCache]
 """The cache that pieces are read from or written to on this worker."""
@@ -65,7 +66,7 @@ ByPeer = Mapping[int, Sequence[KvPieces]]
 
 @dataclass(slots=True)
 class KvMover:
-    """Moves KV of one epoch."""
+    """Moves KV of one epoch. What is read in place is copied while steps make `way`; without one beside them."""
 
     group: Group
     world: Sequence[str]
@@ -73,11 +74,12 @@ class KvMover:
     write: Caches
     dtype: torch.dtype
     message_bytes: int
+    way: Way | None = None
     _slots: dict[tuple[int, int], tuple[Chunk, Tensor]] = field(default_factory=dict)
 
     def run(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces], *, share: float = 1.0) -> Traffic:
         """Exchange everything; `share` as for `Rounds`. The seconds are those from when it is known what is
-        where until it has come here.
+        where, and the way is clear, until it has come here.
 
         Raises `GroupBroken` if a peer is lost.
         """
@@ -89,8 +91,7 @@ class KvMover:
         read_out, send = _apart(outgoing, shows)
         read_in, receive = _apart(incoming, shown)
         copies = [copy for pieces, there in read_in for copy in self._copies(pieces, *self._see(there))]
-        began = time.monotonic()
-        reading.pace(self.group, copies)
+        began = self._do(copies)
         traffic = Rounds(self.group, self, share).run(self._queues(send, self.read), self._queues(receive, self.write))
         ended = time.monotonic()
         self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
@@ -101,12 +102,20 @@ class KvMover:
         received = traffic.received_bytes + sum(_bytes(one, self.write(one)) for one, _ in read_in)
         return Traffic(sent, received, ended - began)
 
+    def _do(self, copies: Iterable[Callable[[], None]]) -> float:
+        """Returns when the first was begun."""
+        if self.way is not None:
+            return reading.in_turns(self.group, copies, self.way)
+        began = time.monotonic()
+        reading.pace(self.group, copies)
+        return began
+
     def _stay(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces]) -> None:
         """What this worker needs and has never touches the group."""
         for source, target in zip(sends, receives, strict=True):
             if (cache := self.read(source)).device.type == self.write(target).device.type:
                 cells = cache.cells(source.layers, source.heads)
-                reading.pace(self.group, self._copies(target, cells, source.spans))
+                self._do(self._copies(target, cells, source.spans))
                 continue
             pairs = zip(self._chunks(source, self.read), self._chunks(target, self.write), strict=True)
             for ours, theirs in pairs:
@@ -136,7 +145,8 @@ class KvMover:
         cache, tables = self.write(pieces), {span.key: span.blocks for span in spans}
         there = [KvSpan(one.key, one.start, one.stop, tables[one.key]) for one in pieces.spans]
         theirs = msgspec.structs.replace(pieces, spans=there)
-        cuts = (chunks(one, _COPY_BYTES // self.dtype.itemsize, cache.head_dim) for one in (theirs, pieces))
+        most = (self.way.copy_bytes if self.way else _COPY_BYTES) // self.dtype.itemsize
+        cuts = (chunks(one, most, cache.head_dim) for one in (theirs, pieces))
         for source, target in zip(*cuts, strict=True):
             low, high = target.layers
             part = cells.narrow(0, low - pieces.layers[0], high - low)

@@ -160,7 +160,8 @@ class Leader(StepLoop):
             self._obey()
             if self._pausing and not self._in_flight:
                 break
-            launched = not self._pausing and self._launch()
+            with self._turn.step():
+                launched = not self._pausing and self._launch()
             if self._in_flight and (not launched or len(self._in_flight) >= self.position.role.stages):
                 self._collect()
             elif not launched:

@@ -13,7 +13,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import torch
@@ -23,12 +24,14 @@ from serving.engine.batch import StepPlan
 from serving.worker.groups import GroupBroken, Pending, Waiting
 from serving.worker.position import Position
 from serving.worker.streams import first, mark
+from serving.worker.turn import Turn
 
 logger = logging.getLogger(__name__)
 
 STOP = b""  # instead of a plan: leave the loop
 IDLE_STEP = -1  # a plan with this number only shows that the leader lives
 encode = msgspec.msgpack.Encoder().encode
+_REST_S, _MOST_REST_S = 100e-6, 0.05  # how often, and how long, to look whether a device is done
 _plan_decoder = msgspec.msgpack.Decoder(StepPlan)
 
 
@@ -42,6 +45,7 @@ class StepLoop(threading.Thread, ABC):
         self.resting = False  # there is nothing that this rank or another could do
         self.ended = False  # as it was told to, like those of the other ranks
         self._cpu_clock: int | None = None
+        self._turn = Turn()
         self._fail = fail
         self._stopped = threading.Event()
         self._sends: deque[Pending] = deque()
@@ -78,6 +82,15 @@ class StepLoop(threading.Thread, ABC):
         """From any thread: stop without a word, whatever the loop is doing; its state is void."""
         self._stopped.set()
         self.position.give_up()
+
+    @contextmanager
+    def make_way(self) -> Iterator[None]:
+        """From any thread: the block has the device to itself, unless a step takes long."""
+        with self._turn.alone():
+            until = time.monotonic() + _MOST_REST_S
+            while not self.position.at_rest and time.monotonic() < until:
+                time.sleep(_REST_S)
+            yield
 
     @abstractmethod
     def _loop(self) -> None:
@@ -121,7 +134,8 @@ class Follower(StepLoop):
             plan = _plan_decoder.decode(payload)
             if plan.step == IDLE_STEP:
                 continue
-            logits = self._compute(plan)
+            with self._turn.step():
+                logits = self._compute(plan)
             if position.role.rank == position.tail:
                 drawn = position.parts[plan.part].model.draw(logits, plan)
                 self._later(position.group.send_bytes(encode(drawn), 0))

@@ -23,6 +23,7 @@ from serving import lifeline
 from serving import messages as m
 from serving.engine.checkpoints import Checkpoints
 from serving.engine.kv_cache import KvCache
+from serving.engine.own_stream import own_stream
 from serving.settings import ServingSettings
 from serving.transport import Connection, join
 from serving.worker.build import (
@@ -43,6 +44,7 @@ from serving.worker.loops import step_loop
 from serving.worker.movement import HeldTensor, WeightMover
 from serving.worker.position import ModelPart, Position
 from serving.worker.pulse import Pulse
+from serving.worker.reading import Way
 from serving.worker.replica import StepLoop
 from serving.worker.rounds import Traffic
 from serving.worker.window import Windows
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 # Of a thread that records steps while another one of the process computes them, in every layer twice: where there is
 # time for it, and in a hurry.
-_REST_S, _SHORT_REST_S = 0.004, 0.002
+_REST_S, _SHORT_REST_S = 0.006, 0.002
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ class Worker:
         self._device = compute_device(settings.engine, index)
         cuda = self._device.type == "cuda"
         # Everything beside the step loop shares one stream: the memory of another would not be reused.
-        self._side_stream = torch.cuda.Stream(self._device) if cuda else None
+        self._side_stream = own_stream(self, self._device) if cuda else None
         self._windows = Windows(self._device, settings.capacity.window_bytes) if cuda else None
         self._communicators = Communicators()
         self._checkpoints = Checkpoints(settings.models)
@@ -279,8 +281,17 @@ class Worker:
     def _copy(self, order: m.Copy) -> m.Message:
         prepared = self._prepared[order.epoch]
         prepared.announced.update({one.key: one for one in order.announced})
-        traffic = self._exchange(prepared, order, self._settings.capacity.copy_share)
+        traffic = self._exchange(prepared, order, self._settings.capacity.copy_share, self._way(prepared))
         return m.Copied(order.epoch, traffic.sent_bytes, traffic.seconds)
+
+    def _way(self, prepared: PreparedRole) -> Way | None:
+        """Who waits for the new layout is held up for some steps' time at once; where others come and join, one after
+        the other for a part of it.
+        """
+        loop = self._loop
+        if loop is None or self._side_stream is None:
+            return None
+        return Way(loop.make_way, 4 << 30, 0.015) if prepared.position else Way(loop.make_way, 1 << 30, 0.002)
 
     def _switch(self, order: m.Switch) -> m.Message:
         prepared, began = self._prepared[order.epoch], time.monotonic()
@@ -319,8 +330,14 @@ class Worker:
             return
         meet_leader(prepared.group, [prepared.world.index(name) for name in loop.position.role.members])
 
-    def _exchange(self, prepared: PreparedRole, order: m.Copy | m.Switch, share: float) -> Traffic:
-        """Move the KV of an order, beside whatever is computed meanwhile."""
+    def _exchange(
+        self,
+        prepared: PreparedRole,
+        order: m.Copy | m.Switch,
+        share: float,
+        way: Way | None = None,
+    ) -> Traffic:
+        """Move the KV of an order; beside what is computed meanwhile, unless that makes `way`."""
         mover = KvMover(
             prepared.group,
             prepared.world,
@@ -328,6 +345,7 @@ class Worker:
             lambda pieces: self._receiver(prepared, pieces).cache,
             weight_dtype(self._settings.engine),
             self._settings.capacity.transfer_bytes,
+            way,
         )
         traffic = mover.run(order.sends, order.receives, share=share)
         if self._side_stream is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import pytest
@@ -17,10 +18,12 @@ from serving.worker import reading
 from serving.worker.groups import Group, GroupBroken
 from serving.worker.kv_movement import KvMover, meet_leader
 from serving.worker.movement import HeldTensor, WeightMover, arenas
+from serving.worker.reading import Way
 from serving.worker.rounds import Traffic
 from tests.serving.engine.cells import extract
 from tests.serving.worker.lanes import everyone, meet
 
+MOST_S = 0.015  # of a turn
 BLOCKS, BLOCK_TOKENS, WORLD = 12, 4, ("a/0", "b/0", "c/0")
 
 
@@ -59,6 +62,50 @@ def test_who_has_nothing_to_copy_does_not_touch_its_device() -> None:
     reading.pace(cast(Group, Hanging()), iter(()))
     with pytest.raises(AssertionError):
         reading.pace(cast(Group, Hanging()), [lambda: None])
+
+
+class Quick:
+    """A group on a CPU that is never aborted."""
+
+    device = torch.device("cpu")
+
+    def check(self) -> None:
+        pass
+
+
+def test_copies_are_made_only_where_the_way_is_free() -> None:
+    """Long ones in several turns, each of at least one; the clock starts when the first one can."""
+    turns: list[list[str]] = []
+    free = [False]
+
+    @contextmanager
+    def clear() -> Iterator[None]:
+        time.sleep(0.01)
+        turns.append([])
+        free[0] = True
+        yield
+        free[0] = False
+
+    def copy(name: str, lasts_s: float) -> Callable[[], None]:
+        def done() -> None:
+            assert free[0]
+            time.sleep(lasts_s)
+            turns[-1].append(name)
+
+        return done
+
+    asked = time.monotonic()
+    copies = [copy("a", 0.0), copy("b", 0.0), copy("c", MOST_S), copy("d", 0.0), copy("e", MOST_S)]
+    began = reading.in_turns(cast(Group, Quick()), copies, Way(clear, 1, MOST_S))
+    assert turns == [["a", "b", "c"], ["d", "e"]]
+    assert asked + 0.01 <= began < time.monotonic() - 2 * MOST_S
+
+
+def test_without_copies_nobody_has_to_make_way() -> None:
+    def clear() -> AbstractContextManager[None]:
+        raise AssertionError("steps would wait for nothing")
+
+    reading.in_turns(cast(Group, Quick()), [], Way(clear, 1, MOST_S))
 
 
 @pytest.mark.parametrize("apart", [(), (0, 2)])
