@@ -8,10 +8,17 @@ from functools import cache
 
 from torch import Tensor
 
+_MADV_POPULATE_WRITE = 23  # of Linux since 5.14
+
 
 def fill_by_large_pages(tensor: Tensor) -> None:
     """For memory that fills by gigabytes: a fault for every 4 KiB of it would cost more than what is done with it."""
     _advise(tensor, mmap.MADV_HUGEPAGE)
+
+
+def populate(tensor: Tensor) -> None:
+    """Take the memory now: the first to write there would wait until the system has cleared it."""
+    _advise(tensor, _MADV_POPULATE_WRITE)
 
 
 def give_back(tensor: Tensor) -> None:

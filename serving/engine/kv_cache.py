@@ -115,8 +115,14 @@ class KvCache:
         return out
 
     def unpack(self, slots: Tensor, data: Tensor) -> None:
-        """Store what `pack` returned, in host memory."""
-        self._scatter_runs(self._flat, slots, _planes_first(data))
+        """Store what `pack` returned in a log."""
+        # In one call, which lets others have the interpreter: of the framework's own one copies element by element.
+        _bytes(_tokens_first(self._flat))[slots.numpy()] = _bytes(data)
+
+    def populate(self, low: int, high: int) -> None:
+        """Have the memory of these blocks of a log before something is written there."""
+        rows = _tokens_first(self._flat)[low * self.block_tokens : high * self.block_tokens]
+        host_memory.populate(rows)
 
     def upload(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], device: torch.device) -> Tensor:
         """`gather` from a log to a GPU: some tokens at a time, packed while those before are copied."""
@@ -180,6 +186,11 @@ def _planes_first(tokens: Tensor) -> Tensor:
 
 def _tokens_first(box: Tensor) -> Tensor:
     return box.permute(2, 0, 1, 3, 4)
+
+
+def _bytes(rows: Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of contiguous rows, in place."""
+    return rows.view(len(rows), -1).view(torch.uint8).numpy()
 
 
 def _packed(box: Tensor, slots: Tensor) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import logging
+import queue
 import socket
 import threading
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ _GREETING_BYTES = 4096
 _FRAME_BYTES = 256 << 20
 _NUMBERS = count(1)  # of block tables, in all logs
 _SILENCE_S = 5.0  # for a greeting; afterwards a stream may have nothing to say for long
+_AHEAD = 16  # blocks whose memory is there before they are needed, beside one for each sequence
 
 
 class KvLog:
@@ -49,6 +51,7 @@ class KvLog:
         self._tokens: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._populated = 0  # blocks, from the first one on
 
     def close(self) -> None:
         """Nothing is appended from now on."""
@@ -69,6 +72,21 @@ class KvLog:
                 slots = slots_of(tables, self.cache.block_tokens)
                 self.cache.unpack(slots, body.view(self.cache.dtype).view(self._shape(len(slots))))
             self._tokens |= {key: stop for key, _, stop in frame.spans}
+
+    @property
+    def short(self) -> bool:
+        """Whether memory should be taken: sequences often need a new block all at once, and steps wait for that."""
+        return self._populated < self._reach()
+
+    def populate(self) -> None:
+        """Take memory for the blocks that will be needed next. For one thread, which others need not wait for."""
+        while not self._closed and self.short:
+            low = self._populated
+            self._populated = min(low + _AHEAD, self._reach())
+            self.cache.populate(low, self._populated)
+
+    def _reach(self) -> int:
+        return min(self._allocator.reach + len(self._tables) + _AHEAD, self._allocator.blocks)
 
     def _shape(self, tokens: int) -> tuple[int, ...]:
         layers, heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
@@ -123,7 +141,9 @@ class Keeper:
         self._lock = threading.Lock()
         self._listener = socket.create_server((host, 0))
         self.address = f"{host}:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, name="keeper", daemon=True).start()
+        self._short: queue.SimpleQueue[KvLog] = queue.SimpleQueue()
+        for work in (self._accept, self._populate):
+            threading.Thread(target=work, name="keeper", daemon=True).start()
 
     def cache(self, replica: int, layers: tuple[int, int], heads: tuple[int, int]) -> KvCache:
         """The cache of a log that holds these ranges. Raises `GroupBroken` if it was dropped."""
@@ -168,6 +188,10 @@ class Keeper:
                 return
             threading.Thread(target=self._serve, args=(connection,), name="kept-stream", daemon=True).start()
 
+    def _populate(self) -> None:
+        while True:
+            self._short.get().populate()
+
     def _serve(self, connection: socket.socket) -> None:
         with connection:
             try:
@@ -176,6 +200,8 @@ class Keeper:
                     frame, body = wire.receive(connection, wire.Frame, most_bytes=_FRAME_BYTES, room=room)
                     log.append(frame, body)
                     wire.send(connection, wire.Answer(frame.number))
+                    if log.short:
+                        self._short.put(log)
             except TransportError as error:
                 with contextlib.suppress(OSError):
                     wire.send(connection, wire.Answer(-1, str(error)))

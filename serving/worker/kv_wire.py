@@ -114,7 +114,7 @@ def _exactly(connection: socket.socket, size: int, room: Room | None = None) -> 
     data = (room or Room()).of(size)
     view = data.numpy().data
     while view:
-        count = connection.recv_into(view)
+        count = connection.recv_into(view, 0, socket.MSG_WAITALL)  # in one call, if nothing comes between
         if not count:
             raise TransportError("the connection was closed")
         view = view[count:]

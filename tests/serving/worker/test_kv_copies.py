@@ -186,6 +186,26 @@ def test_damage_and_gaps_are_refused() -> None:
     assert [(one.key, one.tokens) for one in log.holdings()] == [(1, 3)]
 
 
+def test_a_log_has_memory_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block once, in order, and for each sequence one more than it fills."""
+    monkeypatch.setattr("serving.worker.keeper._AHEAD", 2)
+    log = KvLog(wire.Greeting("", 1, (0, 1), (0, 1), 4, BLOCKS, BLOCK_TOKENS, "float32"))
+    taken: list[range] = []
+    monkeypatch.setattr(log.cache, "populate", lambda low, high: taken.append(range(low, high)))
+    assert log.short
+    log.populate()
+    assert [list(one) for one in taken] == [[0, 1]]
+    body = torch.zeros(5 * 8, dtype=torch.float32).view(torch.uint8)
+    log.append(wire.Frame(1, [(9, 0, 5)], [], checksum(body)), body)  # two blocks of one sequence
+    log.populate()
+    assert sorted(block for one in taken for block in one) == list(range(2 + 1 + 2))
+    assert not log.short
+    log.append(wire.Frame(2, [(8, 0, 5)], [], checksum(body)), body)
+    log.close()
+    log.populate()  # nobody will need it
+    assert max(block for one in taken for block in one) == 4
+
+
 def test_short_tails_go_first_and_a_new_life_starts_over() -> None:
     cached = {1: Cached(100, (), 1), 2: Cached(8, (), 2), 3: Cached(5, (), 9)}
     sent = {1: Cached(40, (), 1), 2: Cached(7, (), 2), 3: Cached(5, (), 3)}
