@@ -18,6 +18,7 @@ from torch import Tensor
 
 from serving.engine.batch import StepPlan
 from serving.engine.kv_cache import KvCache
+from serving.engine.own_stream import own_stream
 from serving.engine.step import SHORT_TOKENS, DecodeRows, StepTensors
 
 Compute = Callable[[StepTensors, Tensor | None], Tensor | None]
@@ -110,7 +111,7 @@ class GraphRecorder:
     ) -> None:
         self._rehearsal = rehearsal
         # A recording keeps the priority: what is replayed goes before what others do beside it.
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._stream = own_stream(self, device, priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, compute: Callable[[], Tensor | None]) -> tuple[Recording, Tensor | None]:
@@ -172,26 +173,25 @@ class _StepBuffers:
 
     def fill(self, plan: StepPlan) -> int:
         """Put a plan of at most `size` rows in, which are counted; the rest become padding."""
-        steps = [
-            (token, position, one.blocks)
-            for one in plan.sequences
-            for position, token in enumerate(one.tokens, start=one.start)
-        ]
-        for row, (_, _, blocks) in enumerate(steps):
+        tables = [one.blocks for one in plan.sequences for _ in one.tokens]
+        for row, blocks in enumerate(tables):
             if blocks != self._known[row]:
                 self._know(row, blocks)
-        rows = [self._row(*step) for step in steps]
-        self._columns[:, len(rows) :] = np.array(self._padding)[:, None]
-        self._columns[:, : len(rows)] = np.array(rows).T
-        for row in range(len(rows), len(self._known)):
+        rows = len(tables)
+        places = [one.start + more for one in plan.sequences for more in range(len(one.tokens))]
+        positions = np.array(places, np.int32)
+        blocks_at = self._tables[np.arange(rows), positions // self._block_tokens]
+        tokens, *rest = self._columns
+        tokens[:rows] = [token for one in plan.sequences for token in one.tokens]
+        slots = blocks_at * self._block_tokens + positions % self._block_tokens
+        for column, values in zip(rest, (positions, slots, positions + 1), strict=True):
+            column[:rows] = values
+        self._columns[:, rows:] = np.array(self._padding)[:, None]
+        for row in range(rows, len(self._known)):
             self._tables[row, 0] = self._padding[2] // self._block_tokens
             self._known[row] = []
         self._upload()
-        return len(rows)
-
-    def _row(self, token: int, position: int, blocks: list[int]) -> tuple[int, int, int, int]:
-        block, offset = divmod(position, self._block_tokens)
-        return token, position, blocks[block] * self._block_tokens + offset, position + 1
+        return rows
 
     def _know(self, row: int, blocks: list[int]) -> None:
         """Most tables are those of the step before; writing one takes longer than comparing it."""

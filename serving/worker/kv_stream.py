@@ -22,6 +22,7 @@ from torch import Tensor
 from serving.engine.batch import StepPlan
 from serving.engine.kv_cache import KvCache, slots_of
 from serving.engine.kv_index import Cached, Kept, KvIndex, Mark
+from serving.engine.own_stream import own_stream
 from serving.errors import TransportError
 from serving.worker import kv_wire as wire
 from serving.worker.checksum import as_bytes, checksum
@@ -48,15 +49,15 @@ class Span:
 
 
 def next_spans(cached: dict[int, Cached], sent: dict[int, Cached], most_tokens: int) -> list[Span]:
-    """What to send next, of `cached` and not yet `sent` tokens, `most_tokens` in all: short tails if there are any."""
+    """What to send next, of `cached` and not yet `sent` tokens: short tails if there are any; `most_tokens` in all."""
     tails = [
         Span(key, start, one.tokens, one)
         for key, one in cached.items()
         if (start := _sent_tokens(sent.get(key), one)) < one.tokens
     ]
     spans: list[Span] = []
-    room = most_tokens
     short = [span for span in tails if span.stop - span.start <= _SHORT_TOKENS]
+    room = most_tokens
     for span in short or sorted(tails, key=lambda span: (span.stop - span.start, span.key)):
         stop = min(span.stop, span.start + room)
         if stop > span.start:
@@ -142,7 +143,7 @@ class KvStream(threading.Thread):
     def _side_stream(self) -> contextlib.AbstractContextManager[object]:
         if self._cache.device.type != "cuda":
             return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self._cache.device))
+        return torch.cuda.stream(own_stream(self, self._cache.device))
 
     def _stream(self) -> None:
         connection = self._connect()
