@@ -125,9 +125,11 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, from requests that are in no step under way; None if nothing can be computed now."""
         step = StepBudget(self._limits, len(self._sequences), sum(other.decoding for other in self._running))
+        running = len(self._running)
         for sequence in sorted(self._running, key=lambda other: other.order):
             # An earlier one of this loop may have taken its blocks.
-            if sequence.ready and not sequence.late(now_s) and sequence in self._running:
+            there = len(self._running) == running or sequence in self._running
+            if there and sequence.ready and not sequence.late(now_s):
                 self._advance(sequence, step)
         while step.open and self._admit(now_s):
             self._advance(self._running[-1], step)
@@ -196,12 +198,14 @@ class Scheduler:
     def _grow(self, sequence: QueuedSequence, tokens: int) -> bool:
         """Blocks for `tokens` tokens, from younger requests if need be; False if it has to wait."""
         missing = blocks_for(tokens, self._limits.block_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         while not self._allocator.can_allocate(missing):
             victim = self._youngest_after(sequence)
             if victim is None:
                 return False
             self._preempt(victim)
-        sequence.blocks += self._allocator.allocate(max(missing, 0))
+        sequence.blocks += self._allocator.allocate(missing)
         return True
 
     def _youngest_after(self, sequence: QueuedSequence) -> QueuedSequence | None:
@@ -225,7 +229,7 @@ class Scheduler:
         if finish is not None:
             self._discard(sequence)
         else:
-            self._end_if_over(sequence)
+            self._end_if_too_long(sequence)
         return Emission(request.key, index, drawn.token, drawn.logprob, tuple(drawn.top), finish)
 
     def _finish_reason(self, request: ScheduledRequest) -> FinishReason | None:
@@ -240,12 +244,16 @@ class Scheduler:
     def _end_if_over(self, sequence: QueuedSequence) -> bool:
         """End a request that is complete as it stands, or whose next step needs more KV than there is."""
         reason = self._finish_reason(sequence.request)
-        tokens, capacity = sequence.request.total_tokens, self._limits.blocks * self._limits.block_tokens
         if reason is not None:
             self._end(sequence, reason)
-        elif tokens > capacity:
-            self._end(sequence, "abort", f"{tokens} tokens do not fit in a KV cache of {capacity}; shorten the request")
+        else:
+            self._end_if_too_long(sequence)
         return sequence.ended
+
+    def _end_if_too_long(self, sequence: QueuedSequence) -> None:
+        tokens, capacity = sequence.request.total_tokens, self._limits.blocks * self._limits.block_tokens
+        if tokens > capacity:
+            self._end(sequence, "abort", f"{tokens} tokens do not fit in a KV cache of {capacity}; shorten the request")
 
     def _end(self, sequence: QueuedSequence, reason: FinishReason, error: str = "") -> None:
         if not sequence.ended:

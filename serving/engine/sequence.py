@@ -81,7 +81,7 @@ class QueuedSequence:
     @property
     def remaining(self) -> int:
         """Known tokens not yet cached; at least one, whose logits give the next token."""
-        return self.request.total_tokens - self.cached
+        return len(self.request.prompt) + len(self.request.output) - self.cached
 
     @property
     def ready(self) -> bool:
@@ -95,7 +95,7 @@ class QueuedSequence:
     @property
     def decoding(self) -> bool:
         """Whether the next step of it is a single token whose logits are wanted."""
-        return self.ready and self.remaining == 1
+        return not self.in_flight and not self.ended and self.remaining == 1
 
     def step(self, count: int) -> SequenceStep:
         """The step that computes the next `count` tokens; from now on it is in flight."""

@@ -30,8 +30,8 @@ def main() -> int:
     parser.add_argument("--index", type=int, required=True)
     arguments = parser.parse_args()
     lifeline.speak()
-    lifeline.watch_stdin()
     lifeline.share_the_interpreter()
+    lifeline.watch_stdin()
     try:
         asyncio.run(_serve(arguments))
     except PerennialError as error:
