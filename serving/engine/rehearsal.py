@@ -53,6 +53,8 @@ def _rehearse(spec: ModelSpec, place: Place, dtype: torch.dtype, device: torch.d
     slots = torch.arange(block_tokens, device=device)
     cache.pack(slots)
     cache.scatter(slots, place.layers, heads, cache.gather(slots, place.layers, heads))
+    log = KvCache(place.layers, heads, spec.head_dim, 1, block_tokens, dtype, "cpu", log=True)
+    log.upload(slots.cpu(), place.layers, heads, device)
     cache.copy_rows(cache.cells(place.layers, heads), slots, slots + block_tokens, place.layers, heads)
 
 

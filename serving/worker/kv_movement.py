@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -91,7 +91,7 @@ class KvMover:
         read_out, send = _apart(outgoing, shows)
         read_in, receive = _apart(incoming, shown)
         copies = [copy for pieces, there in read_in for copy in self._copies(pieces, *self._see(there))]
-        began = self._do(copies)
+        began = reading.bring(self.group, copies, self.way)
         traffic = Rounds(self.group, self, share).run(self._queues(send, self.read), self._queues(receive, self.write))
         ended = time.monotonic()
         self._stay([p for p in sends if p.peer == own], [p for p in receives if p.peer == own])
@@ -102,20 +102,12 @@ class KvMover:
         received = traffic.received_bytes + sum(_bytes(one, self.write(one)) for one, _ in read_in)
         return Traffic(sent, received, ended - began)
 
-    def _do(self, copies: Iterable[Callable[[], None]]) -> float:
-        """Returns when the first was begun."""
-        if self.way is not None:
-            return reading.in_turns(self.group, copies, self.way)
-        began = time.monotonic()
-        reading.pace(self.group, copies)
-        return began
-
     def _stay(self, sends: Sequence[KvPieces], receives: Sequence[KvPieces]) -> None:
         """What this worker needs and has never touches the group."""
         for source, target in zip(sends, receives, strict=True):
             if (cache := self.read(source)).device.type == self.write(target).device.type:
                 cells = cache.cells(source.layers, source.heads)
-                self._do(self._copies(target, cells, source.spans))
+                reading.bring(self.group, self._copies(target, cells, source.spans), self.way)
                 continue
             pairs = zip(self._chunks(source, self.read), self._chunks(target, self.write), strict=True)
             for ours, theirs in pairs:

@@ -16,6 +16,7 @@ from serving.messages import WeightPieces
 from serving.worker import reading
 from serving.worker.groups import Group
 from serving.worker.peer_memory import Sight
+from serving.worker.reading import Way
 from serving.worker.rounds import Rounds, Traffic
 
 _ARENA_BYTES = 1 << 30  # of tensors in one allocation of a GPU: a peer opens allocations one by one
@@ -49,7 +50,9 @@ class WeightResult:
 
 @dataclass(slots=True)
 class WeightMover:
-    """Brings the boxes that a role needs into memory, from here, from peers and from disk."""
+    """Brings the boxes that a role needs into memory, from here, from peers and from disk. What is read in place is
+    copied while steps make `way`; without one beside them.
+    """
 
     group: Group
     world: Sequence[str]
@@ -58,6 +61,7 @@ class WeightMover:
     dtype: torch.dtype
     device: torch.device
     message_bytes: int
+    way: Way | None = None
     _tensors: dict[str, HeldTensor] = field(default_factory=dict)
     _sources: Mapping[str, HeldTensor] = field(default_factory=dict)
 
@@ -98,15 +102,16 @@ class WeightMover:
         return by_peer
 
     def _exchange(self, sends: Mapping[int, list[Box]], receives: Mapping[int, list[Box]], share: float) -> Traffic:
-        """The seconds are those from when it is known what is where until it has come here."""
+        """The seconds are those from when it is known what is where, and the way is clear, until it has come here."""
         near = self.group.reads
         shows = {peer: [self._show(box) for box in boxes] for peer, boxes in sends.items() if near(peer)}
         sources = [peer for peer in receives if near(peer)]
         targets = {peer: [self._tensors[box.tensor].view(box) for box in receives[peer]] for peer in sources}
         shown = reading.swap(self.group, shows, sources, Sight)
         seen = {peer: [self.group.see(one, self.dtype) for one in some] for peer, some in shown.items()}
-        began = time.monotonic()
-        reading.pace(self.group, (copy for peer in sources for copy in _reads(targets[peer], seen[peer])))
+        most = self.way.copy_bytes if self.way else _ARENA_BYTES
+        copies = [copy for peer in sources for copy in _reads(targets[peer], seen[peer], most)]
+        began = reading.bring(self.group, copies, self.way)
         limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
         out, into = (
             {peer: messages(boxes, limit) for peer, boxes in some.items() if not near(peer)}
@@ -171,9 +176,9 @@ class WeightMover:
         return common.elements * self.dtype.itemsize
 
 
-def _reads(targets: list[Tensor], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
-    """Copies of what is seen, a gigabyte at a time: every call has to wait for the interpreter while others decode."""
-    for low, high in arenas([one.nbytes for one in targets], _ARENA_BYTES):
+def _reads(targets: list[Tensor], seen: list[Tensor], most_bytes: int) -> Iterator[Callable[[], None]]:
+    """Copies of what is seen, few and large ones: every call has to wait for the interpreter while others decode."""
+    for low, high in arenas([one.nbytes for one in targets], most_bytes):
         yield partial(torch._foreach_copy_, targets[low:high], seen[low:high], True)
 
 

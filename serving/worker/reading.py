@@ -55,6 +55,15 @@ def finish(group: Group, sources: Iterable[int], readers: Iterable[int]) -> None
         one.wait()
 
 
+def bring(group: Group, copies: Iterable[Callable[[], None]], way: Way | None) -> float:
+    """Copy, in turns with steps if they make `way` and else beside them. Returns when it was begun."""
+    if way is not None:
+        return in_turns(group, copies, way)
+    began_s = time.monotonic()
+    pace(group, copies)
+    return began_s
+
+
 def in_turns(group: Group, copies: Iterable[Callable[[], None]], way: Way) -> float:
     """Copy while no step is launched: copies and steps that share a device take twice as long, or three times. Returns
     when the way was clear first.

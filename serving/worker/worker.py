@@ -243,6 +243,7 @@ class Worker:
             weight_dtype(self._settings.engine),
             self._device,
             self._settings.capacity.transfer_bytes,
+            self._way(alone=order.role is not None),
         )
         share = self._settings.capacity.copy_share if self._loop is not None else 1.0
         result = mover.run(order.needed, order.sends, order.receives, share=share)
@@ -281,17 +282,19 @@ class Worker:
     def _copy(self, order: m.Copy) -> m.Message:
         prepared = self._prepared[order.epoch]
         prepared.announced.update({one.key: one for one in order.announced})
-        traffic = self._exchange(prepared, order, self._settings.capacity.copy_share, self._way(prepared))
+        traffic = self._exchange(
+            prepared, order, self._settings.capacity.copy_share, self._way(alone=prepared.position is not None)
+        )
         return m.Copied(order.epoch, traffic.sent_bytes, traffic.seconds)
 
-    def _way(self, prepared: PreparedRole) -> Way | None:
-        """Who waits for the new layout is held up for some steps' time at once; where others come and join, one after
-        the other for a part of it.
+    def _way(self, *, alone: bool) -> Way | None:
+        """Whose layout is about to change is held up for some steps' time at once; where others come and join, steps
+        are held up for a part of their time, one after the other.
         """
         loop = self._loop
         if loop is None or self._side_stream is None:
             return None
-        return Way(loop.make_way, 4 << 30, 0.015) if prepared.position else Way(loop.make_way, 1 << 30, 0.002)
+        return Way(loop.make_way, 4 << 30, 0.015) if alone else Way(loop.make_way, 1 << 30, 0.002)
 
     def _switch(self, order: m.Switch) -> m.Message:
         prepared, began = self._prepared[order.epoch], time.monotonic()
