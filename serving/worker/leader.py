@@ -31,7 +31,8 @@ from serving.messages import (
 )
 from serving.worker.groups import GroupBroken
 from serving.worker.position import Position
-from serving.worker.replica import IDLE_STEP, STOP, StepLoop, encode
+from serving.worker.replica import IDLE_STEP, STOP, StepLoop
+from serving.worker.tables import Sent
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Leader(StepLoop):
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[StepPlan, list[SampledToken] | None]] = deque()
         self._pausing = False
+        self._tables = Sent()
         self._seats: dict[tuple[int, int], tuple[int, Seat]] = {}  # by replica and request: for which epoch, and what
         self._relieved: set[int] = set()  # replicas that lost requests without an emission to say how much is left
         self._unproven: dict[int, int] = {}  # tokens before chunks of prompts that may not be computed everywhere yet
@@ -141,6 +143,7 @@ class Leader(StepLoop):
 
     def _adopt(self, adoption: Adoption) -> None:
         request = scheduled(adoption.assignment)
+        self._tables.forget(self.position.replicas.index(adoption.replica), request.key)
         self._schedulers[adoption.replica].adopt(request, adoption.cached_tokens, adoption.blocks)
 
     def _add(self, replica: int, assignments: list[Assignment]) -> None:
@@ -160,8 +163,7 @@ class Leader(StepLoop):
             self._obey()
             if self._pausing and not self._in_flight:
                 break
-            with self._turn.step():
-                launched = not self._pausing and self._launch()
+            launched = not self._pausing and self._launch()
             if self._in_flight and (not launched or len(self._in_flight) >= self.position.role.stages):
                 self._collect()
             elif not launched:
@@ -187,7 +189,7 @@ class Leader(StepLoop):
     def _keep_alive(self) -> None:
         """The other ranks wait for plans, and not for ever."""
         if time.monotonic() - self._spoke_at > self._keepalive_s:
-            self._broadcast(encode(StepPlan(IDLE_STEP, [])))
+            self._broadcast(self._tables.encode(StepPlan(IDLE_STEP, [])))
 
     def _launch(self) -> bool:
         now = time.monotonic()
@@ -195,11 +197,13 @@ class Leader(StepLoop):
         plan = self._sharing.schedule(now)
         if plan is None:
             return False
-        self._broadcast(encode(plan))
-        logits = self._compute(plan)
-        launched = time.monotonic()
-        model = self.position.parts[plan.part].model
-        drawn = model.draw(logits, plan) if self.position.role.rank == self.position.tail else None
+        with self._turn.step():
+            if len(self.position.role.members) > 1:
+                self._broadcast(self._tables.encode(plan))
+            logits = self._compute(plan)
+            launched = time.monotonic()
+            model = self.position.parts[plan.part].model
+            drawn = model.draw(logits, plan) if self.position.role.rank == self.position.tail else None
         self._in_flight.append((plan, drawn))
         if (ended := time.monotonic()) - now > _LONG_STEP_S:
             rows = sum(len(one.tokens) for one in plan.sequences)

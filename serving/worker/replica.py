@@ -24,6 +24,7 @@ from serving.engine.batch import StepPlan
 from serving.worker.groups import GroupBroken, Pending, Waiting
 from serving.worker.position import Position
 from serving.worker.streams import first, mark
+from serving.worker.tables import Known
 from serving.worker.turn import Turn
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ STOP = b""  # instead of a plan: leave the loop
 IDLE_STEP = -1  # a plan with this number only shows that the leader lives
 encode = msgspec.msgpack.Encoder().encode
 _REST_S, _MOST_REST_S = 100e-6, 0.05  # how often, and how long, to look whether a device is done
-_plan_decoder = msgspec.msgpack.Decoder(StepPlan)
 
 
 class StepLoop(threading.Thread, ABC):
@@ -84,13 +84,19 @@ class StepLoop(threading.Thread, ABC):
         self.position.give_up()
 
     @contextmanager
-    def make_way(self) -> Iterator[None]:
-        """From any thread: the block has the device to itself, unless a step takes long."""
-        with self._turn.alone():
+    def make_way(self) -> Iterator[bool]:
+        """From any thread: no step is launched during the block. Says whether the device is done with those before; it
+        is not waited for longer than a usual step takes.
+        """
+        with self._turn.alone() as alone:
             until = time.monotonic() + _MOST_REST_S
-            while not self.position.at_rest and time.monotonic() < until:
+            while alone and self._busy and time.monotonic() < until:
                 time.sleep(_REST_S)
-            yield
+            yield alone and not self._busy
+
+    @property
+    def _busy(self) -> bool:
+        return self.is_alive() and not self.position.at_rest
 
     @abstractmethod
     def _loop(self) -> None:
@@ -126,17 +132,19 @@ class Follower(StepLoop):
     """Every rank but the leader: computes the plans that arrive."""
 
     def _loop(self) -> None:
-        position = self.position
+        position, tables = self.position, Known()
         while not self._stopped.is_set():
             payload = position.group.receive_bytes(0)
             if payload == STOP:
                 return
-            plan = _plan_decoder.decode(payload)
+            plan = tables.decode(payload)
             if plan.step == IDLE_STEP:
                 continue
+            drawn = None
             with self._turn.step():
                 logits = self._compute(plan)
-            if position.role.rank == position.tail:
-                drawn = position.parts[plan.part].model.draw(logits, plan)
+                if position.role.rank == position.tail:
+                    drawn = position.parts[plan.part].model.draw(logits, plan)
+            if drawn is not None:
                 self._later(position.group.send_bytes(encode(drawn), 0))
             self.steps += 1

@@ -16,6 +16,7 @@ from serving.engine.scheduler import ScheduledRequest, Scheduler, SchedulerLimit
 from serving.requests import Limits, Sampling
 from serving.worker.leader import Leader
 from serving.worker.position import Position
+from serving.worker.tables import Known
 
 REPLICA = 6
 
@@ -112,6 +113,22 @@ def test_ranks_are_told_of_kv_that_came_for_nobody() -> None:
     assert plan.ended == [11]
     scene.index.begin(plan)
     assert set(scene.index.snapshot()) == {10}
+
+
+def test_ranks_hear_the_whole_table_of_who_comes_again() -> None:
+    """Before any plan could say that the one they know has ended."""
+    scene, ranks = Scene(ranks=2), Known()
+    first = scene.reserve(1, 10, 8)
+    scene.graft(1, adoption(10, 7, first))
+    ranks.decode(scene.leader._tables.encode(scene.step([10])))
+    scene.leader.cancel(REPLICA, [10])
+    scene.obey()
+    taken = {key: scene.reserve(2, key, 8) for key in (11, 10)}
+    assert taken[10] != first
+    scene.graft(2, *(adoption(key, 7, blocks) for key, blocks in taken.items()))
+    plan = scene.step([10, 11])
+    assert plan.ended == []
+    assert ranks.decode(scene.leader._tables.encode(plan)) == plan
 
 
 def test_a_new_role_begins_with_those_it_adopts_and_no_others() -> None:
