@@ -1,4 +1,4 @@
-"""Which KV blocks are free: plain bookkeeping, kept by the leader of a replica only."""
+"""Which KV blocks are free: plain bookkeeping, kept by the leader of a replica, and by whoever keeps copies."""
 
 from __future__ import annotations
 

@@ -119,10 +119,12 @@ class KvCache:
         # In one call, which lets others have the interpreter: of the framework's own one copies element by element.
         _bytes(_tokens_first(self._flat))[slots.numpy()] = _bytes(data)
 
-    def populate(self, low: int, high: int) -> None:
-        """Have the memory of these blocks of a log before something is written there."""
-        rows = _tokens_first(self._flat)[low * self.block_tokens : high * self.block_tokens]
-        host_memory.populate(rows)
+    def populate(self, first: int, most_bytes: int) -> int:
+        """Have the memory of some blocks of a log before something is written there; returns of how many."""
+        rows = _tokens_first(self._flat)[first * self.block_tokens :]
+        count = max(1, most_bytes // (rows[0].nbytes * self.block_tokens))
+        host_memory.populate(rows[: count * self.block_tokens])
+        return count
 
     def upload(self, slots: Tensor, layers: tuple[int, int], heads: tuple[int, int], device: torch.device) -> Tensor:
         """`gather` from a log to a GPU: some tokens at a time, packed while those before are copied."""

@@ -1,7 +1,7 @@
-"""Streams of a GPU that nobody else has.
+"""Streams of a GPU that nobody else here has.
 
-The framework hands out the same 32 of each priority again and again. Two users of one would wait for each other, and
-what one launches while the other records would end up in the recording.
+The framework hands out the same 32 of each priority again and again, NCCL's (of the default priority) among them. Two
+users of one wait for each other, and what one launches while the other records ends up in the recording.
 """
 
 from __future__ import annotations

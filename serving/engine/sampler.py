@@ -16,7 +16,7 @@ from serving.requests import Sampling, TopLogprob
 
 _MASK64 = (1 << 64) - 1
 _DEVICE_TIMEOUT_S = 20.0
-_POLL_S = 50e-6
+_POLL_S = 50e-6  # each look takes the interpreter from others
 
 
 @torch.inference_mode()

@@ -125,11 +125,11 @@ class Scheduler:
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, from requests that are in no step under way; None if nothing can be computed now."""
         step = StepBudget(self._limits, len(self._sequences), sum(other.decoding for other in self._running))
-        running = len(self._running)
+        before = len(self._running)
         for sequence in sorted(self._running, key=lambda other: other.order):
-            # An earlier one of this loop may have taken its blocks.
-            there = len(self._running) == running or sequence in self._running
-            if there and sequence.ready and not sequence.late(now_s):
+            # An earlier one of this loop may have taken its blocks; mostly none has.
+            keeps = len(self._running) == before or sequence in self._running
+            if keeps and sequence.ready and not sequence.late(now_s):
                 self._advance(sequence, step)
         while step.open and self._admit(now_s):
             self._advance(self._running[-1], step)

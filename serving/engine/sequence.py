@@ -81,6 +81,7 @@ class QueuedSequence:
     @property
     def remaining(self) -> int:
         """Known tokens not yet cached; at least one, whose logits give the next token."""
+        # Spelt out here and below: they are asked for every sequence several times a step.
         return len(self.request.prompt) + len(self.request.output) - self.cached
 
     @property

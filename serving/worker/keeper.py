@@ -28,6 +28,7 @@ _FRAME_BYTES = 256 << 20
 _NUMBERS = count(1)  # of block tables, in all logs
 _SILENCE_S = 5.0  # for a greeting; afterwards a stream may have nothing to say for long
 _AHEAD = 16  # blocks whose memory is there before they are needed, beside one for each sequence
+_TAKEN_BYTES = 2 << 20  # of memory at once: whoever maps or unmaps some waits meanwhile, perhaps with the interpreter
 
 
 class KvLog:
@@ -81,9 +82,7 @@ class KvLog:
     def populate(self) -> None:
         """Take memory for the blocks that will be needed next. For one thread, which others need not wait for."""
         while not self._closed and self.short:
-            low = self._populated
-            self._populated = min(low + _AHEAD, self._reach())
-            self.cache.populate(low, self._populated)
+            self._populated += self.cache.populate(self._populated, _TAKEN_BYTES)
 
     def _reach(self) -> int:
         return min(self._allocator.reach + len(self._tables) + _AHEAD, self._allocator.blocks)
@@ -141,7 +140,7 @@ class Keeper:
         self._lock = threading.Lock()
         self._listener = socket.create_server((host, 0))
         self.address = f"{host}:{self._listener.getsockname()[1]}"
-        self._short: queue.SimpleQueue[KvLog] = queue.SimpleQueue()
+        self._short: queue.SimpleQueue[KvLog | None] = queue.SimpleQueue()
         for work in (self._accept, self._populate):
             threading.Thread(target=work, name="keeper", daemon=True).start()
 
@@ -179,6 +178,7 @@ class Keeper:
     def close(self) -> None:
         """Stop listening."""
         self._listener.close()
+        self._short.put(None)
 
     def _accept(self) -> None:
         while True:
@@ -189,8 +189,9 @@ class Keeper:
             threading.Thread(target=self._serve, args=(connection,), name="kept-stream", daemon=True).start()
 
     def _populate(self) -> None:
-        while True:
-            self._short.get().populate()
+        while (log := self._short.get()) is not None:
+            log.populate()
+            del log  # it may be large
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _HERE = b"here"
 _SLOT_LISTS = 8  # that are worth keeping
-_COPY_BYTES = 512 << 20  # of one copy beside steps: every call has to wait for the interpreter
+_COPY_BYTES = 512 << 20  # of one copy: every call has to wait for the interpreter while others decode
 
 Caches = Callable[[KvPieces], KvCache]
 """The cache that pieces are read from or written to on this worker."""
@@ -137,8 +137,7 @@ class KvMover:
         cache, tables = self.write(pieces), {span.key: span.blocks for span in spans}
         there = [KvSpan(one.key, one.start, one.stop, tables[one.key]) for one in pieces.spans]
         theirs = msgspec.structs.replace(pieces, spans=there)
-        most = (self.way.copy_bytes if self.way else _COPY_BYTES) // self.dtype.itemsize
-        cuts = (chunks(one, most, cache.head_dim) for one in (theirs, pieces))
+        cuts = (chunks(one, _COPY_BYTES // self.dtype.itemsize, cache.head_dim) for one in (theirs, pieces))
         for source, target in zip(*cuts, strict=True):
             low, high = target.layers
             part = cells.narrow(0, low - pieces.layers[0], high - low)

@@ -49,15 +49,15 @@ class Span:
 
 
 def next_spans(cached: dict[int, Cached], sent: dict[int, Cached], most_tokens: int) -> list[Span]:
-    """What to send next, of `cached` and not yet `sent` tokens: short tails if there are any; `most_tokens` in all."""
+    """What to send next, of `cached` and not yet `sent` tokens, `most_tokens` in all: short tails if there are any."""
     tails = [
         Span(key, start, one.tokens, one)
         for key, one in cached.items()
         if (start := _sent_tokens(sent.get(key), one)) < one.tokens
     ]
     spans: list[Span] = []
-    short = [span for span in tails if span.stop - span.start <= _SHORT_TOKENS]
     room = most_tokens
+    short = [span for span in tails if span.stop - span.start <= _SHORT_TOKENS]
     for span in short or sorted(tails, key=lambda span: (span.stop - span.start, span.key)):
         stop = min(span.stop, span.start + room)
         if stop > span.start:

@@ -109,8 +109,7 @@ class WeightMover:
         targets = {peer: [self._tensors[box.tensor].view(box) for box in receives[peer]] for peer in sources}
         shown = reading.swap(self.group, shows, sources, Sight)
         seen = {peer: [self.group.see(one, self.dtype) for one in some] for peer, some in shown.items()}
-        most = self.way.copy_bytes if self.way else _ARENA_BYTES
-        copies = [copy for peer in sources for copy in _reads(targets[peer], seen[peer], most)]
+        copies = [copy for peer in sources for copy in _reads(targets[peer], seen[peer])]
         began = reading.bring(self.group, copies, self.way)
         limit = max(1, self.group.message_bytes(self.message_bytes) // self.dtype.itemsize)
         out, into = (
@@ -176,9 +175,9 @@ class WeightMover:
         return common.elements * self.dtype.itemsize
 
 
-def _reads(targets: list[Tensor], seen: list[Tensor], most_bytes: int) -> Iterator[Callable[[], None]]:
-    """Copies of what is seen, few and large ones: every call has to wait for the interpreter while others decode."""
-    for low, high in arenas([one.nbytes for one in targets], most_bytes):
+def _reads(targets: list[Tensor], seen: list[Tensor]) -> Iterator[Callable[[], None]]:
+    """Copies of what is seen, a gigabyte at a time: every call has to wait for the interpreter while others decode."""
+    for low, high in arenas([one.nbytes for one in targets], _ARENA_BYTES):
         yield partial(torch._foreach_copy_, targets[low:high], seen[low:high], True)
 
 

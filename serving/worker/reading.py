@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
@@ -27,12 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How copies get a device to themselves: `clear` keeps steps away, for `most_s` until a step is let through, if no
-    copy of `copy_bytes` takes longer.
+    """How copies get a device to themselves: during `clear` no step is launched, unless it says that it could not keep
+    them away. After `most_s`, when the copies that were begun are done, a step is let through.
     """
 
-    clear: Callable[[], AbstractContextManager[None]]
-    copy_bytes: int
+    clear: Callable[[], AbstractContextManager[bool]]
     most_s: float
 
 
@@ -56,36 +55,32 @@ def finish(group: Group, sources: Iterable[int], readers: Iterable[int]) -> None
 
 
 def bring(group: Group, copies: Iterable[Callable[[], None]], way: Way | None) -> float:
-    """Copy, in turns with steps if they make `way` and else beside them. Returns when it was begun."""
-    if way is not None:
-        return in_turns(group, copies, way)
-    began_s = time.monotonic()
-    pace(group, copies)
+    """Copy: a copy and a step that share a device take twice as long, or three times, so steps make `way` where they
+    can. Returns when it was begun. Raises `GroupBroken` as `pace` does.
+    """
+    left, began_s = deque(copies), 0.0
+    while left and way is not None:
+        with way.clear() as clear:
+            resumed_s = time.monotonic()
+            began_s = began_s or resumed_s
+            if not clear:  # a long step, or one that hangs: the next would keep us waiting as well
+                break
+            pace(group, _until(left, resumed_s + way.most_s))
+    began_s = began_s or time.monotonic()
+    pace(group, left)
     return began_s
 
 
-def in_turns(group: Group, copies: Iterable[Callable[[], None]], way: Way) -> float:
-    """Copy while no step is launched: copies and steps that share a device take twice as long, or three times. Returns
-    when the way was clear first.
-
-    Raises `GroupBroken` as `pace` does.
-    """
-    left, began_s = deque(copies), None
-    while left:
-        with way.clear(), beside_steps(group.device):
-            resumed_s = time.monotonic()
-            began_s = began_s or resumed_s
-            while left and time.monotonic() - resumed_s < way.most_s:
-                group.check()
-                left.popleft()()
-                if (done := mark(group.device)) is not None:
-                    done.synchronize()
-    return began_s or time.monotonic()
+def _until(left: deque[Callable[[], None]], over_s: float) -> Iterator[Callable[[], None]]:
+    """Take what is left, one at least, and no more after `over_s`."""
+    yield left.popleft()
+    while left and time.monotonic() < over_s:
+        yield left.popleft()
 
 
 def pace(group: Group, copies: Iterable[Callable[[], None]]) -> None:
-    """Copy beside steps, asking for a few ahead of the device. Without copies the device, which may be waiting for a
-    lost peer, is not waited for.
+    """Copy, asking for a few ahead of the device. Without copies the device, which may be waiting for a lost peer, is
+    not waited for.
 
     Raises `GroupBroken` if the group was aborted: what is abandoned is not copied any further.
     """

@@ -34,14 +34,14 @@ class Turn:
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """No step is launched during the block, which begins when none is being launched."""
+    def alone(self) -> Iterator[bool]:
+        """No step is launched during the block, which begins when none is being launched; says whether that is so."""
         with self._changed:
             self._changed.wait_for(lambda: not self._step_waits, self._most_s)
             self._alone += 1
-            self._changed.wait_for(lambda: not self._stepping, self._most_s)
+            alone = self._changed.wait_for(lambda: not self._stepping, self._most_s)
         try:
-            yield
+            yield alone
         finally:
             with self._changed:
                 self._alone -= 1

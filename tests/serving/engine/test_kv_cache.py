@@ -73,6 +73,19 @@ def test_slots_are_packed_and_unpacked_in_their_order(slots: list[int]) -> None:
     assert found.count_nonzero() == data.count_nonzero()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_log_takes_tokens_in_any_order(dtype: torch.dtype) -> None:
+    source = KvCache((1, 3), (0, 2), 3, 3, 4, dtype, "cpu")
+    log = KvCache((1, 3), (0, 2), 3, 3, 4, dtype, "cpu", log=True)
+    for layer in (1, 2):
+        for pages in source.pages(layer):
+            pages.normal_()
+    here, there = torch.tensor([9, 3, 4, 5, 0]), torch.tensor([2, 11, 10, 0, 7])
+    log.unpack(there, source.pack(here))
+    assert torch.equal(log.gather(there, (1, 3), (0, 2)), source.gather(here, (1, 3), (0, 2)))
+    assert source.gather(here, (1, 3), (0, 2)).count_nonzero()
+
+
 def test_memory_that_is_given_back_is_gone_and_can_be_used_again() -> None:
     cache = KvCache((0, 2), (0, 4), 64, 2048, 16, torch.float32, "cpu")
     cache._flat.fill_(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ def test_a_stream_has_one_owner_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr("serving.engine.own_stream._idle", defaultdict(list))
     device = torch.device("meta")  # nobody else's here
     lasting = Owner()
     kept = own_stream(lasting, device)

@@ -189,21 +189,32 @@ def test_damage_and_gaps_are_refused() -> None:
 def test_a_log_has_memory_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block once, in order, and for each sequence one more than it fills."""
     monkeypatch.setattr("serving.worker.keeper._AHEAD", 2)
+    monkeypatch.setattr("serving.worker.keeper._TAKEN_BYTES", 1)  # one block at a time
     log = KvLog(wire.Greeting("", 1, (0, 1), (0, 1), 4, BLOCKS, BLOCK_TOKENS, "float32"))
-    taken: list[range] = []
-    monkeypatch.setattr(log.cache, "populate", lambda low, high: taken.append(range(low, high)))
+    taken: list[int] = []
+    take = log.cache.populate
+
+    def populate(first: int, most_bytes: int) -> int:
+        count = take(first, most_bytes)
+        taken.extend(range(first, first + count))
+        return count
+
+    monkeypatch.setattr(log.cache, "populate", populate)
     assert log.short
     log.populate()
-    assert [list(one) for one in taken] == [[0, 1]]
-    body = torch.zeros(5 * 8, dtype=torch.float32).view(torch.uint8)
+    assert taken == [0, 1]
+    body = torch.ones(5 * 8, dtype=torch.float32).view(torch.uint8)
     log.append(wire.Frame(1, [(9, 0, 5)], [], checksum(body)), body)  # two blocks of one sequence
     log.populate()
-    assert sorted(block for one in taken for block in one) == list(range(2 + 1 + 2))
+    assert taken == list(range(2 + 1 + 2))
     assert not log.short
+    assert torch.equal(log.cache.gather(torch.arange(5), (0, 1), (0, 1)), torch.ones(1, 2, 5, 1, 4)), (
+        "it is still there"
+    )
     log.append(wire.Frame(2, [(8, 0, 5)], [], checksum(body)), body)
     log.close()
     log.populate()  # nobody will need it
-    assert max(block for one in taken for block in one) == 4
+    assert max(taken) == 4
 
 
 def test_short_tails_go_first_and_a_new_life_starts_over() -> None:

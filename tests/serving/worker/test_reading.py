@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -23,7 +25,6 @@ from serving.worker.rounds import Traffic
 from tests.serving.engine.cells import extract
 from tests.serving.worker.lanes import everyone, meet
 
-MOST_S = 0.015  # of a turn
 BLOCKS, BLOCK_TOKENS, WORLD = 12, 4, ("a/0", "b/0", "c/0")
 
 
@@ -73,39 +74,56 @@ class Quick:
         pass
 
 
-def test_copies_are_made_only_where_the_way_is_free() -> None:
-    """Long ones in several turns, each of at least one; the clock starts when the first one can."""
-    turns: list[list[str]] = []
-    free = [False]
+class Stage:
+    """Time that passes only while something is copied, and steps that make way, or do not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *clear: bool) -> None:
+        self.now_s, self.turns, self.beside = 0.0, list[str](), ""
+        self._clear, self._open = iter(clear), False
+        monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: self.now_s))
 
     @contextmanager
-    def clear() -> Iterator[None]:
-        time.sleep(0.01)
-        turns.append([])
-        free[0] = True
-        yield
-        free[0] = False
+    def way(self) -> Iterator[bool]:
+        self.now_s += 1.0
+        self._open = next(self._clear)
+        self.turns.append("")
+        yield self._open
+        self._open = False
 
-    def copy(name: str, lasts_s: float) -> Callable[[], None]:
-        def done() -> None:
-            assert free[0]
-            time.sleep(lasts_s)
-            turns[-1].append(name)
+    def copies(self, names: str, lasts_s: float) -> list[Callable[[], None]]:
+        return [partial(self._copy, name, lasts_s) for name in names]
 
-        return done
-
-    asked = time.monotonic()
-    copies = [copy("a", 0.0), copy("b", 0.0), copy("c", MOST_S), copy("d", 0.0), copy("e", MOST_S)]
-    began = reading.in_turns(cast(Group, Quick()), copies, Way(clear, 1, MOST_S))
-    assert turns == [["a", "b", "c"], ["d", "e"]]
-    assert asked + 0.01 <= began < time.monotonic() - 2 * MOST_S
+    def _copy(self, name: str, lasts_s: float) -> None:
+        self.now_s += lasts_s
+        if self._open:
+            self.turns[-1] += name
+        else:
+            self.beside += name
 
 
-def test_without_copies_nobody_has_to_make_way() -> None:
-    def clear() -> AbstractContextManager[None]:
-        raise AssertionError("steps would wait for nothing")
+def test_copies_take_turns_with_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock starts when the way is clear."""
+    stage = Stage(monkeypatch, True, True)
+    began_s = reading.bring(cast(Group, Quick()), stage.copies("abcde", 0.006), Way(stage.way, 0.015))
+    assert (began_s, stage.turns, stage.beside) == (1.0, ["abc", "de"], "")
 
-    reading.in_turns(cast(Group, Quick()), [], Way(clear, 1, MOST_S))
+
+def test_without_time_for_more_there_is_one_copy_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, True, True, True)
+    reading.bring(cast(Group, Quick()), stage.copies("abc", 0.006), Way(stage.way, 0.0))
+    assert stage.turns == ["a", "b", "c"]
+
+
+def test_a_step_that_takes_long_is_not_waited_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, True, False)
+    reading.bring(cast(Group, Quick()), stage.copies("abcde", 0.006), Way(stage.way, 0.015))
+    assert (stage.turns, stage.beside) == (["abc", ""], "de")
+
+
+def test_without_copies_nobody_has_to_make_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch)
+    reading.bring(cast(Group, Quick()), [], Way(stage.way, 0.015))
+    assert stage.turns == []
 
 
 @pytest.mark.parametrize("apart", [(), (0, 2)])

@@ -52,21 +52,28 @@ def test_no_step_is_launched_while_somebody_is_alone() -> None:
 
 def test_a_step_that_waited_comes_between_two_who_are_alone() -> None:
     with Steps(turn := Turn(LONG_S)) as steps:
-        with turn.alone():
-            time.sleep(0.01)
-        before = steps.count
         for _ in range(10):
+            before = steps.count
             with turn.alone():
-                time.sleep(0.005)
-        assert steps.count >= before + 9
+                while not turn._step_waits:
+                    time.sleep(0.001)
+                before = steps.count
+            with turn.alone():
+                assert steps.count > before or not steps.inside
+                # It was launched, and may not have been counted yet.
+            with turn.alone():
+                pass
+            assert steps.count > before
 
 
 def test_who_hangs_holds_nobody_up() -> None:
     turn, began = Turn(0.02), time.monotonic()
-    with turn.alone(), turn.step():
+    with turn.alone() as alone, turn.step():
+        assert alone
         assert 0.02 <= time.monotonic() - began < LONG_S
     began = time.monotonic()
-    with turn.step(), turn.alone():
+    with turn.step(), turn.alone() as alone:
+        assert not alone
         assert 0.02 <= time.monotonic() - began < LONG_S
 
 
@@ -95,13 +102,21 @@ def test_way_is_made_once_the_device_is_done_with_the_step() -> None:
             return self.looks > 5
 
     class Loop(StepLoop):
+        runs = True
+
+        def is_alive(self) -> bool:
+            return self.runs
+
         def _loop(self) -> None:
             raise AssertionError
 
     loop = Loop(position := Position(), fail=pytest.fail)  # type: ignore[arg-type]
-    with loop.make_way():
-        assert position.looks == 6
+    with loop.make_way() as clear:
+        assert clear
+        assert position.looks >= 6
     position.looks = -1_000_000
-    began = time.monotonic()
-    with loop.make_way():  # beside it, then
-        assert time.monotonic() - began < LONG_S
+    with loop.make_way() as clear:
+        assert not clear, "it would have to be beside the step"
+    loop.runs = False
+    with loop.make_way() as clear:
+        assert clear, "a loop that has ended launches nothing"
