@@ -71,7 +71,7 @@ async def test_streams_survive_notice_kill_addition_and_a_new_controller(checkpo
 
 @pytest.mark.slow
 async def test_a_crowd_uses_the_time_of_a_notice(checkpoint: str, tmp_path: Path) -> None:
-    shape = Shape(requests=20, prompt_tokens=(4, 40), output_tokens=(90, 110))
+    shape = Shape(requests=20, prompt_tokens=(4, 40), output_tokens=(290, 310))  # also where steps take 2 ms
     requests = [arrival.request for arrival in scenario(5, shape).arrivals]
     reference = reference_streams(checkpoint, requests)
     plan = tmp_path / "plan.json"
