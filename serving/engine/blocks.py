@@ -17,7 +17,6 @@ class BlockAllocator:
         self.blocks = blocks
         self._free = list(range(blocks - 1, -1, -1))
         self._used: set[int] = set()
-        self.reach = 0  # blocks that were ever in use are below it
 
     @property
     def available(self) -> int:
@@ -39,7 +38,6 @@ class BlockAllocator:
             raise ValueError(f"{count} KV blocks wanted, {len(self._free)} free")
         taken = [self._free.pop() for _ in range(count)]
         self._used.update(taken)
-        self.reach = max([self.reach, *(block + 1 for block in taken)])
         return taken
 
     def claim(self, blocks: Sequence[int]) -> None:
@@ -49,7 +47,6 @@ class BlockAllocator:
             raise ValueError(f"KV blocks {sorted(wanted - set(self._free))} are not free")
         self._free = [block for block in self._free if block not in wanted]
         self._used |= wanted
-        self.reach = max([self.reach, *(block + 1 for block in wanted)])
 
     def free(self, blocks: Iterable[int]) -> None:
         """Give blocks back. Raises `ValueError` for a block that is not in use."""

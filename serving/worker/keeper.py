@@ -52,7 +52,7 @@ class KvLog:
         self._tokens: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self._populated = 0  # blocks, from the first one on
+        self._reach = self._populated = 0  # blocks from the first one on: that were ever in use, whose memory is there
 
     def close(self) -> None:
         """Nothing is appended from now on."""
@@ -77,15 +77,12 @@ class KvLog:
     @property
     def short(self) -> bool:
         """Whether memory should be taken: sequences often need a new block all at once, and steps wait for that."""
-        return self._populated < self._reach()
+        return self._populated < min(self._reach + len(self._tables) + _AHEAD, self._allocator.blocks)
 
     def populate(self) -> None:
         """Take memory for the blocks that will be needed next. For one thread, which others need not wait for."""
         while not self._closed and self.short:
             self._populated += self.cache.populate(self._populated, _TAKEN_BYTES)
-
-    def _reach(self) -> int:
-        return min(self._allocator.reach + len(self._tables) + _AHEAD, self._allocator.blocks)
 
     def _shape(self, tokens: int) -> tuple[int, ...]:
         layers, heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
@@ -105,6 +102,7 @@ class KvLog:
             if not self._allocator.can_allocate(missing):
                 raise TransportError("the log is full")
             table += self._allocator.allocate(missing)
+            self._reach = max(self._reach, *(block + 1 for block in table))
         return table
 
     def _forget(self, key: int) -> None:
