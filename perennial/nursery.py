@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from perennial.processes import python_module
+from serving.agent.environment import worker_environment
 
 _MODULES = ("serving.controller.__main__", "serving.agent.__main__", "serving.worker.__main__")
 _MESSAGE_BYTES = 1 << 16
 _START_S = 120.0
 _ANSWER_S = 20.0
-_QUIET = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
 
 
 class ForkedProcess:
@@ -64,8 +64,8 @@ class Nursery:
     def __enter__(self) -> Nursery:
         with open(self._folder / "nursery.log", "ab") as log:
             command = python_module("perennial.nursery", self._address)
-            pipe, environment = subprocess.PIPE, {**os.environ, **_QUIET}
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment)
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=worker_environment())
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], _START_S)[0] or not self._process.stdout.read(1):
             self.__exit__()

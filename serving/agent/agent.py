@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving import messages as m
+from serving.agent.environment import worker_environment
 from serving.agent.notices.base import Advice, Source, SourceFailed, watch
 from serving.agent.standstill import StandstillWatch
 from serving.errors import PerennialError
@@ -180,7 +181,7 @@ class Agent:
         command += ["--instance", identity.instance, "--index", str(index), "--controller", identity.controller]
         # The pipe is the worker's lifeline: it ends with this process, whatever ends it.
         return await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, env=_environment()
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, env=worker_environment()
         )
 
     async def stop(self) -> None:
@@ -201,17 +202,3 @@ class Agent:
                 await source.release()
             except SourceFailed as error:
                 logger.warning("%s could not be told that this instance may go: %s", source.name, error)
-
-
-def _environment() -> dict[str, str]:
-    """NCCL's watchdog must not end a process whose peers are gone; torch's own warnings about that are noise.
-
-    A worker makes and drops caches and weights in a new thread at every change. With an arena for each
-    thread and large buffers in the arenas, glibc keeps more and more of what was freed. On a GPU, a large
-    block that is free must stay whole for the next layout's cache; and groups are connected when they are
-    made, because their first kernels must not run beside those of another.
-    """
-    quiet = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    memory = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    gpu = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:2048", "NCCL_RUNTIME_CONNECT": "0"}
-    return {**quiet, **memory, **gpu, **os.environ}

@@ -1,0 +1,29 @@
+"""What the process of a worker finds in its environment."""
+
+from __future__ import annotations
+
+import os
+
+_QUIET = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+_MEMORY = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
+_GPU = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:2048", "NCCL_RUNTIME_CONNECT": "0"}
+
+
+def worker_environment() -> dict[str, str]:
+    """This process's environment, with what it does not say itself.
+
+    NCCL's watchdog must not end a process whose peers are gone; torch's own warnings about that are noise.
+
+    A worker makes and drops caches and weights in a new thread at every change. With an arena for each thread and
+    large buffers in the arenas, glibc keeps more and more of what was freed. What steps use for a moment is the
+    opposite: given back at once, which is what glibc does with more than 128 KiB when one of these sizes is set, it
+    costs hundreds of page faults for every token.
+
+    On a GPU, a large block that is free must stay whole for the next layout's cache; and groups are connected when
+    they are made, because their first kernels must not run beside those of another.
+    """
+    return {**_QUIET, **_MEMORY, **_GPU, **os.environ}
