@@ -7,18 +7,18 @@ that were measured are simulated by the law, and it is scaled by how much too sl
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
 from benchmarks.fidelity.measure import Measured, degrees_of
 from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, Script
+from benchmarks.fidelity.steps import FLOW_SPAN_S, drawn, flow_source
 from data.layout import Device, ParallelConfig
 from data.models import ModelSpec
 from planning.simulation.batching import BatchLimits
 from planning.simulation.fleet_profile import Charges, Degrees, FleetProfile
-from planning.simulation.flow import flow_token_s
+from planning.simulation.flow import LONG_S, flow_token_s
 from planning.step_laws import Observed, StepLaw
 from serving.controller.dispatch import Replica
 from serving.controller.orders import kv_blocks
@@ -60,7 +60,7 @@ def _capacity_rps(laws: Laws, blocks: Blocks, script: Script, layout: str) -> fl
     """With a full batch in every replica."""
     replicas, degrees = degrees_of(layout)
     config, clients = ParallelConfig(replicas, *degrees, MAX_BATCH), replicas * MAX_BATCH
-    token_s = _token_s(laws[degrees], blocks[degrees], config, clients, script)
+    token_s = _token_s(laws[degrees], blocks[degrees], config, clients, script, LONG_S)
     return clients / token_s / (sum(script.outputs) / 2)
 
 
@@ -79,21 +79,28 @@ def _scaled(law: StepLaw, factor: float) -> StepLaw:
 
 def _factor(law: StepLaw, blocks: int, degrees: Degrees, observed: Sequence[Observed], script: Script) -> float:
     ratios = [
-        flow.seconds / (flow.drag * _token_s(law, blocks, config, clients, script))
+        flow.seconds / (flow.drag * _token_s(law, blocks, config, clients, script, FLOW_SPAN_S))
         for flow, config, clients in full_flows(degrees, observed)
     ]
     return median(ratios) if ratios else 1.0
 
 
-def _token_s(law: StepLaw, blocks: int, config: ParallelConfig, clients: int, script: Script) -> float:
-    """Seconds from one token of a client to its next, when so many clients send a script's requests for ever."""
-    source = random.Random(clients)
+def _token_s(
+    law: StepLaw,
+    blocks: int,
+    config: ParallelConfig,
+    clients: int,
+    script: Script,
+    span_s: tuple[float, float],
+) -> float:
+    """Seconds from one token of a client to its next, when so many clients send a script's requests one by one."""
+    source = flow_source(clients)
 
     def draw() -> tuple[int, int]:
-        return source.randint(*script.prompts), source.randint(*script.outputs)
+        return drawn(source, script.prompts, script.outputs)
 
     limits = BatchLimits(MAX_BATCH, ENGINE.step_tokens, ENGINE.block_tokens, blocks, config.stages)
-    return flow_token_s(law, config, limits, clients, draw)
+    return flow_token_s(law, config, limits, clients, draw, span_s=span_s)
 
 
 def full_flows(degrees: Degrees, observed: Sequence[Observed]) -> Iterator[tuple[Observed, ParallelConfig, int]]:

@@ -17,7 +17,7 @@ Range = tuple[int, int]
 _LONE_PROMPTS = (8, 64, 200)
 _SHORT, _LONG = 16, 300
 _OUTPUT, _FEW_OUTPUTS, _OPENING = 32, 16, 3
-_FLOW_S, _FLOW_WARM_S = 3.0, 0.5
+FLOW_SPAN_S = 0.5, 3.0  # when tokens of a flow count, after its clients began
 _FULL = (0.25, 0.5, 0.75, 1.0)  # of a batch, by requests that flow through it
 # Prompts of requests that decode together on one replica: attention computes those of like lengths at once, and
 # only beside equal ones does it show what a call of it costs.
@@ -77,15 +77,14 @@ class StepSurvey:
         return await _timed(self._flow(count, [len(step) for step in each], busy, model))
 
     async def _flow(self, count: int, sizes: Sequence[int], busy: int, model: str) -> list[Observed]:
-        source, streams, begun_s = random.Random(count), list[Stream](), time.monotonic()
+        source, streams, begun_s = flow_source(count), list[Stream](), time.monotonic()
 
         async def client() -> None:
-            while time.monotonic() < begun_s + _FLOW_S:
-                prompt, output = source.randint(*self.prompts), source.randint(*self.outputs)
-                await self.clients.send(prompt, output, streams, model=model)
+            while time.monotonic() < begun_s + FLOW_SPAN_S[1]:
+                await self.clients.send(*drawn(source, self.prompts, self.outputs), streams, model=model)
 
         await asyncio.gather(*(client() for _ in range(count)))
-        span = begun_s + _FLOW_WARM_S, begun_s + _FLOW_S
+        span = begun_s + FLOW_SPAN_S[0], begun_s + FLOW_SPAN_S[1]
         tokens = max(1, sum(span[0] < at_s <= span[1] for one in streams for at_s in one.times_s))
         began = sum(span[0] < one.sent_s <= span[1] for one in streams)
         mix = mean_mix([typical(streams, size, self.block_tokens, source) for size in sizes])
@@ -101,6 +100,16 @@ class StepSurvey:
         chunks = shares(prompts, stages)
         mixes = [decoding(chunk, output, self.block_tokens) for chunk in chunks]
         return [Observed(steady_s(streams), (mean_mix(mixes),), replicas * len(chunks))]
+
+
+def flow_source(clients: int) -> random.Random:
+    """What the requests of a flow are drawn from: always the same, so that a simulation can send those of the flow."""
+    return random.Random(clients)
+
+
+def drawn(source: random.Random, prompts: Range, outputs: Range) -> tuple[int, int]:
+    """Prompt and output tokens of the next request."""
+    return source.randint(*prompts), source.randint(*outputs)
 
 
 def typical(streams: Sequence[Stream], sequences: int, block_tokens: int, source: random.Random) -> Mix:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from benchmarks.fidelity.calibration import calibrated
 from benchmarks.fidelity.drag import elasticity
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, SCRIPTS
+from benchmarks.fidelity.steps import FLOW_SPAN_S, drawn, flow_source
 from data.layout import ParallelConfig
 from planning.simulation.fleet_profile import FleetProfile
 from planning.simulation.flow import flow_token_s
@@ -34,17 +34,19 @@ def test_steps_feel_as_much_of_the_drag_as_the_same_steps_show() -> None:
 
 
 def test_laws_are_scaled_until_simulated_flows_are_as_quick_as_measured_ones() -> None:
-    """Stages that wait for each other are in the measurement; the simulation makes them wait once more."""
+    """Stages that wait for each other are in the measurement; the simulation makes them wait once more. It sends what
+    the flow sent, for as long.
+    """
     mix = mix_of([(30, 1), (34, 1)], 4)
     law = StepLaw((0.01, 0.002, 0.0002, 0.0, 0.0, 0.0, 0.0), (1.0, 1.3))
     told = FleetProfile({(2, 1): law}, {(2, 1): 500}, CHARGES, ENGINE.step_tokens, ENGINE.block_tokens)
-    source = random.Random(4)
+    source = flow_source(4)
     config = ParallelConfig(1, 2, 1, MAX_BATCH)
 
     def draw() -> tuple[int, int]:
-        return source.randint(*SCRIPT.prompts), source.randint(*SCRIPT.outputs)
+        return drawn(source, SCRIPT.prompts, SCRIPT.outputs)
 
-    simulated_s = flow_token_s(law, config, told.limits(config), 4, draw)
+    simulated_s = flow_token_s(law, config, told.limits(config), 4, draw, span_s=FLOW_SPAN_S)
     flow = Observed(0.8 * simulated_s, (mix,), busy=2, admitted=0.05)
     lone = Observed(9.0, (mix,), busy=2, admitted=1.0)
     measured = Measured([((2, 1), flow), ((2, 1), lone)])
