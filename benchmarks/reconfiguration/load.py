@@ -78,11 +78,6 @@ class Load:
             await asyncio.sleep(_POLL_S)
         return False
 
-    @property
-    def tokens_left(self) -> int:
-        """Output tokens that the stream nearest to its end may still deliver."""
-        return min((self._limits.max_tokens - one.tokens for one in self._current.values()), default=0)
-
     def cached_tokens(self, time_s: float) -> int:
         """Tokens in the KV of the running requests then: all but the newest of each."""
         running = [one for one in self.timelines if one.spans(time_s)]
