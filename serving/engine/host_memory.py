@@ -9,7 +9,6 @@ from functools import cache
 from torch import Tensor
 
 _MADV_POPULATE_WRITE = 23  # of Linux since 5.14
-_GIVEN_BACK_BYTES = 32 << 20  # at once: whoever maps memory, or finds a page missing, waits meanwhile
 
 
 def fill_by_large_pages(tensor: Tensor) -> None:
@@ -26,16 +25,15 @@ def give_back(tensor: Tensor) -> None:
     """Return the memory now; what was in it is void. Other threads run meanwhile: while the framework frees
     gigabytes it holds the interpreter, a tenth of a second for each.
     """
-    _advise(tensor, mmap.MADV_DONTNEED, _GIVEN_BACK_BYTES)
+    _advise(tensor, mmap.MADV_DONTNEED)
 
 
-def _advise(tensor: Tensor, advice: int, most_bytes: int = 0) -> None:
-    """Advice on the whole pages of a contiguous tensor, all at once or for so many bytes at a time."""
+def _advise(tensor: Tensor, advice: int) -> None:
+    """Advice on the whole pages of a contiguous tensor."""
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    for first in range(start, stop, most_bytes or max(stop - start, 1)):
-        size = min(stop - first, most_bytes or stop - first)
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
+    size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 
 @cache
