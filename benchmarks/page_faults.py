@@ -36,7 +36,7 @@ _SETTING, _HASTY = "MALLOC_TRIM_THRESHOLD_", str(128 << 10)
 _ORDER = ("patient", "hasty", "hasty", "patient")
 _WORKERS, _CLIENTS, _BATCH = 2, 4, 8
 _PROMPT, _OUTPUT = 100, 16
-_WARM_S = 5.0
+_WARM_S, _LEAST_S = 5.0, 1.0
 _GIVE_UP_S = 60.0
 
 
@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each of the four fleets")
     options = parser.parse_args(arguments)
+    if options.seconds < _LEAST_S:
+        parser.error(f"--seconds {options.seconds:g} says nothing; choose at least {_LEAST_S:g}")
     found = []
     for allocator in _ORDER:
         found.append(asyncio.run(_served(allocator, options.seconds)))

@@ -2,7 +2,8 @@
 
 A law takes the stages of a pipeline for evenly filled and always at work, so what was lost between them while it was
 measured is in its coefficients, and a simulation, in which stages wait for each other, loses it again. So the flows
-that were measured are simulated by the law, and it is scaled by how much too slow or too quick they are.
+that were measured are simulated by the law, request by request and for as long, and it is scaled by how much too slow
+or too quick they are.
 """
 
 from __future__ import annotations

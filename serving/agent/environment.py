@@ -21,7 +21,7 @@ def worker_environment() -> dict[str, str]:
     A worker makes and drops caches and weights in a new thread at every change. With an arena for each thread and
     large buffers in the arenas, glibc keeps more and more of what was freed. What steps use for a moment is the
     opposite: given back at once, which is what glibc does with more than 128 KiB when one of these sizes is set, it
-    costs hundreds of page faults for every token.
+    costs more than a thousand page faults for every token (`benchmarks.page_faults`).
 
     On a GPU, a large block that is free must stay whole for the next layout's cache; and groups are connected when
     they are made, because their first kernels must not run beside those of another.
