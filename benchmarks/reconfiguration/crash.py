@@ -100,7 +100,10 @@ async def _one(play: Stage, *, rank: int, replicated: bool, stopped_s: float) ->
     quiet = Quiet(before, (max(after[0], after[1] - options.before_s), after[1]))
     step = step_s(timelines, *before)
     stalls = [stall_s(one, kill.at_s, kill.until_s) for one in affected]
-    longest = longest_s(others, kill.at_s, after[1])
+    worst = max(
+        (gap for one in others for gap in gaps(one, kill.at_s, after[1])), key=lambda gap: gap.length_s, default=None
+    )
+    longest = worst.length_s if worst else 0.0
     lost, duplicated = continuity(timelines)
     return {
         "case": "kill",
@@ -112,6 +115,7 @@ async def _one(play: Stage, *, rank: int, replicated: bool, stopped_s: float) ->
         "step_ms": round(1e3 * step, 2),
         "stall_ms": {"shortest": _ms(min(stalls, default=0.0)), "longest": _ms(max(stalls, default=0.0))},
         "others_gap_ms": _ms(longest),
+        "others_gap_at_ms": _ms(worst.begin_s - kill.at_s) if worst else None,
         "others_quiet_ms": _ms(longest_s(others, *before)),
         "others_stall_steps": round(longest / step - 1.0, 2),  # beyond the step that a gap always is
         "clocks_s": clocks(timelines, affected, kill.at_s, restored_s(kill, affected, play.offset_s), quiet),

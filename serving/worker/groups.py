@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.nn import functional
 
@@ -109,6 +110,14 @@ class Exchange:
 def _wait(work: dist.Work) -> None:
     with _broken_groups():
         work.wait()
+
+
+def _in_place(options: Any) -> Any:
+    """A collective of NCCL on the caller's stream. On a stream of its own, recorded, it would keep whatever another
+    thread asks of the device back until the recording is over: frames of KV too, for which the next step waits.
+    """
+    options.asyncOp = False
+    return options
 
 
 @contextmanager
@@ -248,7 +257,8 @@ class Group:
         if self.size == 1:
             return tensor
         if self._nccl is not None:
-            _wait(self._nccl.allreduce([tensor]))
+            with _broken_groups():
+                self._nccl.allreduce([tensor], _in_place(c10d.AllreduceOptions()))
             self.check()
             return tensor
         tensor = tensor.contiguous()
@@ -281,7 +291,8 @@ class Group:
         """By a collective: for messages NCCL would connect pairs at their first, which must not be in a recording."""
         padded = functional.pad(tensor, (0, max(sizes) - tensor.shape[1]))
         parts = tensor.new_empty(self.size, *padded.shape)
-        _wait(self._nccl._allgather_base(parts, padded))
+        with _broken_groups():
+            self._nccl._allgather_base(parts, padded, _in_place(c10d.AllgatherOptions()))
         self.check()
         return None if self.rank else torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
