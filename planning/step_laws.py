@@ -82,7 +82,8 @@ class Observed:
 
     Every step went through all stages. The way of a request to its replica and of its first token to the client is
     in the time as often as `admitted` says. It was observed at `at_s`, when everything on these processors took
-    `drag` times as long as it does on average.
+    `drag` times as long as it does on average. Of a flow it is known how many `clients` sent one request after the
+    other to how many `replicas`.
     """
 
     seconds: float
@@ -91,6 +92,8 @@ class Observed:
     admitted: float = 0.0
     at_s: float = 0.0
     drag: float = 1.0
+    clients: int = 0
+    replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True)

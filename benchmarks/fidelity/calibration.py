@@ -2,15 +2,14 @@
 
 A law takes the stages of a pipeline for evenly filled and always at work, so what was lost between them while it was
 measured is in its coefficients, and a simulation, in which stages wait for each other, loses it again. So the flows
-that were measured are simulated by the law, request by request and for as long, and it is scaled by how much too slow
-or too quick they are.
+that were measured are simulated by the law, request by request and for as long, and the law is fitted again to what
+they would have taken without waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import median
 
 from benchmarks.fidelity.measure import Measured, degrees_of
 from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, Script
@@ -20,7 +19,7 @@ from data.models import ModelSpec
 from planning.simulation.batching import BatchLimits
 from planning.simulation.fleet_profile import Charges, Degrees, FleetProfile
 from planning.simulation.flow import LONG_S, flow_token_s
-from planning.step_laws import Observed, StepLaw
+from planning.step_laws import Observed, StepLaw, fit_law
 from serving.controller.dispatch import Replica
 from serving.controller.orders import kv_blocks
 
@@ -28,7 +27,8 @@ Laws = Mapping[Degrees, StepLaw]
 Blocks = Mapping[Degrees, int]
 """Of the KV of a replica."""
 
-_FULL = 2  # sequences in every step: all stages of all replicas are then at work
+_PASSES = 3
+_FLOWS = 30  # times that a flow counts: runs are made of them, the rest only says what each term costs
 
 
 def profile(measured: Measured, charges: Charges, spec: ModelSpec) -> FleetProfile:
@@ -45,7 +45,7 @@ def _blocks(spec: ModelSpec, degrees: Degrees) -> int:
 
 
 def calibrated(told: FleetProfile, measured: Measured, script: Script) -> FleetProfile:
-    """The profile with laws by which simulated flows are as quick as the measured ones, in the median."""
+    """The profile with laws by which simulated flows are as quick as the measured ones."""
     return replace(told, laws=_calibrated(told.laws, told.kv_blocks, measured, script))
 
 
@@ -68,22 +68,28 @@ def _capacity_rps(laws: Laws, blocks: Blocks, script: Script, layout: str) -> fl
 def _calibrated(laws: Laws, blocks: Blocks, measured: Measured, script: Script) -> dict[Degrees, StepLaw]:
     observed = measured.by_degrees()
     return {
-        degrees: _scaled(law, _factor(law, blocks[degrees], degrees, observed[degrees], script))
-        for degrees, law in laws.items()
+        degrees: _settled(law, blocks[degrees], degrees, observed[degrees], script) for degrees, law in laws.items()
     }
 
 
-def _scaled(law: StepLaw, factor: float) -> StepLaw:
-    coefficients = tuple(factor * one for one in law.coefficients)
-    return replace(law, coefficients=coefficients, overhead_s=factor * law.overhead_s)
-
-
-def _factor(law: StepLaw, blocks: int, degrees: Degrees, observed: Sequence[Observed], script: Script) -> float:
-    ratios = [
-        flow.seconds / (flow.drag * _token_s(law, blocks, config, clients, script, FLOW_SPAN_S))
-        for flow, config, clients in full_flows(degrees, observed)
-    ]
-    return median(ratios) if ratios else 1.0
+def _settled(law: StepLaw, blocks: int, degrees: Degrees, observed: Sequence[Observed], script: Script) -> StepLaw:
+    """The law whose simulation explains what was observed. How long a flow waits is how much longer its simulation
+    takes than the law says; that hardly depends on the law, so a few passes are enough.
+    """
+    if not any(one.clients for one in observed):
+        return law
+    for _ in range(_PASSES):
+        told = list[Observed]()
+        for one in observed:
+            if not one.clients:
+                told.append(one)
+                continue
+            config = ParallelConfig(one.replicas, *degrees, MAX_BATCH)
+            simulated_s = one.drag * _token_s(law, blocks, config, one.clients, script, FLOW_SPAN_S)
+            seconds = one.seconds * law.predicted_s(one, config.stages) / simulated_s
+            told += _FLOWS * [replace(one, seconds=seconds)]
+        law = fit_law(told, degrees[0])
+    return law
 
 
 def _token_s(
@@ -102,12 +108,3 @@ def _token_s(
 
     limits = BatchLimits(MAX_BATCH, ENGINE.step_tokens, ENGINE.block_tokens, blocks, config.stages)
     return flow_token_s(law, config, limits, clients, draw, span_s=span_s)
-
-
-def full_flows(degrees: Degrees, observed: Sequence[Observed]) -> Iterator[tuple[Observed, ParallelConfig, int]]:
-    """Flows that kept all stages at work, the replicas that they kept at work, and their clients."""
-    stages, shards = degrees
-    for one in observed:
-        sequences = one.steps[-1].sequences
-        if 0.0 < one.admitted < 1.0 and one.busy % stages == 0 and sequences >= _FULL:
-            yield one, ParallelConfig(one.busy // stages, stages, shards, MAX_BATCH), round(sequences * one.busy)

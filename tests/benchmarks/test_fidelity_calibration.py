@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
 from benchmarks.fidelity.calibration import calibrated
+from benchmarks.fidelity.clients import Stream
 from benchmarks.fidelity.drag import elasticity
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.scripts import ENGINE, MAX_BATCH, SCRIPTS
-from benchmarks.fidelity.steps import FLOW_SPAN_S, drawn, flow_source
+from benchmarks.fidelity.steps import FLOW_SPAN_S, drawn, flow_source, typical
 from data.layout import ParallelConfig
 from planning.simulation.fleet_profile import FleetProfile
 from planning.simulation.flow import flow_token_s
@@ -33,23 +35,48 @@ def test_steps_feel_as_much_of_the_drag_as_the_same_steps_show() -> None:
     assert elasticity([_twice(1.0, 2.0, (1.0, 1.0))]) == 1.0, "nothing says otherwise"
 
 
-def test_laws_are_scaled_until_simulated_flows_are_as_quick_as_measured_ones() -> None:
+def _streams() -> list[Stream]:
+    source = flow_source(0)
+    requests = [drawn(source, SCRIPT.prompts, SCRIPT.outputs) for _ in range(50)]
+    return [Stream(prompt, times_s=[0.0] * output) for prompt, output in requests]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_simulated_flows_are_as_quick_as_measured_ones(stages: int) -> None:
     """Stages that wait for each other are in the measurement; the simulation makes them wait once more. It sends what
     the flow sent, for as long.
     """
-    mix = mix_of([(30, 1), (34, 1)], 4)
+    true = StepLaw((0.01, 0.002, 0.0002, 0.0, 0.0, 0.0, 0.0), tuple(1 + 0.3 * more for more in range(2 * stages)))
+    degrees, config = (stages, 1), ParallelConfig(1, stages, 1, MAX_BATCH)
+    blank = FleetProfile({degrees: true}, {degrees: 500}, CHARGES, ENGINE.step_tokens, ENGINE.block_tokens)
+
+    def simulated_s(law: StepLaw, clients: int, replicas: int) -> float:
+        source = flow_source(clients)
+
+        def draw() -> tuple[int, int]:
+            return drawn(source, SCRIPT.prompts, SCRIPT.outputs)
+
+        shape = replace(config, replicas=replicas)
+        return flow_token_s(law, shape, blank.limits(config), clients, draw, span_s=FLOW_SPAN_S)
+
+    flows = [(clients, replicas) for replicas in (1, 2) for clients in (1, 2, 3, 4, 8)]
+    observed = []
+    for clients, replicas in flows:
+        each = max(1, round(clients / replicas / stages))
+        mix = typical(_streams(), each, ENGINE.block_tokens, flow_source(clients))
+        busy = min(clients, replicas * stages)
+        seconds = simulated_s(true, clients, replicas)
+        observed.append(
+            Observed(seconds, (mix,), busy, admitted=1 / mean(SCRIPT.outputs), clients=clients, replicas=replicas)
+        )
+    measured = Measured([(degrees, one) for one in observed])
+    found = calibrated(replace(blank, laws=measured.laws()), measured, SCRIPT).laws[degrees]
+    for one, (clients, replicas) in zip(observed, flows, strict=True):
+        assert simulated_s(found, clients, replicas) == pytest.approx(one.seconds, rel=0.1)
+
+
+def test_without_flows_laws_stay_as_they_are() -> None:
     law = StepLaw((0.01, 0.002, 0.0002, 0.0, 0.0, 0.0, 0.0), (1.0, 1.3))
     told = FleetProfile({(2, 1): law}, {(2, 1): 500}, CHARGES, ENGINE.step_tokens, ENGINE.block_tokens)
-    source = flow_source(4)
-    config = ParallelConfig(1, 2, 1, MAX_BATCH)
-
-    def draw() -> tuple[int, int]:
-        return drawn(source, SCRIPT.prompts, SCRIPT.outputs)
-
-    simulated_s = flow_token_s(law, config, told.limits(config), 4, draw, span_s=FLOW_SPAN_S)
-    flow = Observed(0.8 * simulated_s, (mix,), busy=2, admitted=0.05)
-    lone = Observed(9.0, (mix,), busy=2, admitted=1.0)
-    measured = Measured([((2, 1), flow), ((2, 1), lone)])
-    scaled = calibrated(told, measured, SCRIPT).laws[2, 1]
-    assert scaled.work_s(mix) == pytest.approx(0.8 * law.work_s(mix))
+    lone = Observed(9.0, (mix_of([(30, 1), (34, 1)], 4),), busy=2, admitted=1.0)
     assert calibrated(told, Measured([((2, 1), lone)]), SCRIPT).laws[2, 1] == law
