@@ -81,12 +81,12 @@ class Clients:
     async def play(self, workload: Workload, began_s: float) -> list[Stream]:
         """Every request of a workload at its time after `began_s`; streams in order of arrival."""
 
-        async def one(at_s: float, prompt_tokens: int, output_tokens: int) -> Stream:
-            await asyncio.sleep(max(0.0, began_s + at_s - time.monotonic()))
-            return await self.send(prompt_tokens, output_tokens)
-
-        arrivals = (one(item.arrival_s, item.input_tokens, item.output_tokens) for item in workload.requests)
-        return list(await asyncio.gather(*arrivals))
+        async with asyncio.TaskGroup() as group:
+            sent = []
+            for item in workload.requests:  # one after the other: thousands that wait would be in the clients' way
+                await asyncio.sleep(max(0.0, began_s + item.arrival_s - time.monotonic()))
+                sent.append(group.create_task(self.send(item.input_tokens, item.output_tokens)))
+        return [one.result() for one in sent]
 
 
 def steady_s(streams: Sequence[Stream]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,6 +65,8 @@ async def play(script: Script, seed: int, checkpoint: str, home: Path, start: St
         survey = Survey(service, clients, script, ENGINE, found)
         await survey.walk()
         workload = script.workload(seed, await asyncio.to_thread(rate_rps, found, script, spec))
+        gc.collect()
+        gc.freeze()  # the clients' own garbage collection is not the service's latency
         surveyed_s = time.monotonic()
         played = await _run(script, workload, service, clients)
         played_s = time.monotonic()
