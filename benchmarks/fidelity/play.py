@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from perennial.processes import Start
 from perennial.testing import fleet, given_plans
 from planning.simulation.story import Happening
 from serving.engine.weights import read_spec
+from serving.lifeline import settle
 from serving.requests import Event
 
 _FINISH_S = 180.0
@@ -65,8 +65,7 @@ async def play(script: Script, seed: int, checkpoint: str, home: Path, start: St
         survey = Survey(service, clients, script, ENGINE, found)
         await survey.walk()
         workload = script.workload(seed, await asyncio.to_thread(rate_rps, found, script, spec))
-        gc.collect()
-        gc.freeze()  # the clients' own garbage collection is not the service's latency
+        settle()  # the clients' own garbage collection is not the service's latency
         surveyed_s = time.monotonic()
         played = await _run(script, workload, service, clients)
         played_s = time.monotonic()

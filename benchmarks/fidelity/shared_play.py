@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -23,6 +22,7 @@ from perennial.testing import fleet, given_groups
 from planning.simulation.shared_fleet import Ask
 from planning.step_laws import Observed
 from serving.engine.weights import read_spec
+from serving.lifeline import settle
 from serving.settings import Capacity
 
 _DEEP = (1, 2)  # requests for every stage, of models that keep all groups busy together
@@ -123,8 +123,7 @@ async def play_shared(
     speeds = speeds_of(script, laws_of(script, stage.felt(Drag.of(watch.probes))))
     async with AsyncExitStack() as stack:
         patient, hasty = await stage.fleet(stack, speeds)
-        gc.collect()
-        gc.freeze()  # the clients' own garbage collection is not the service's latency
+        settle()  # the clients' own garbage collection is not the service's latency
         surveyed_s = time.monotonic()
         asks, streams = await _run(script, seed, speeds, hasty)
         played_s = time.monotonic()

@@ -75,7 +75,7 @@ class StepSurvey:
         each = shares(range(max(1, round(count / replicas))), stages)
         busy = min(count, replicas * len(each)) + beside
         found = await _timed(self._flow(count, [len(step) for step in each], busy, model))
-        return [replace(one, replicas=replicas) for one in found]
+        return [replace(one, clients=count, replicas=replicas) for one in found]
 
     async def _flow(self, count: int, sizes: Sequence[int], busy: int, model: str) -> list[Observed]:
         source, streams, begun_s = flow_source(count), list[Stream](), time.monotonic()
@@ -90,7 +90,7 @@ class StepSurvey:
         began = sum(span[0] < one.sent_s <= span[1] for one in streams)
         mix = mean_mix([typical(streams, size, self.block_tokens, source) for size in sizes])
         seconds = count * (span[1] - span[0]) / tokens  # every client has one request all the time
-        return [Observed(seconds, (mix,), busy, admitted=began / tokens, clients=count)]
+        return [Observed(seconds, (mix,), busy, admitted=began / tokens)]
 
     async def _decoding(
         self, prompts: Sequence[int], replicas: int, stages: int, output: int, model: str

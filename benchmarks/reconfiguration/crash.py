@@ -12,7 +12,7 @@ from benchmarks.reconfiguration.change import Quiet, clocks
 from benchmarks.reconfiguration.options import replication
 from benchmarks.reconfiguration.planned import Report, controller_says
 from benchmarks.reconfiguration.stage import Bench, Stage, copies_s, stage
-from benchmarks.reconfiguration.timeline import Timeline, continuity, gaps, longest_s, stall_s, step_s
+from benchmarks.reconfiguration.timeline import Timeline, continuity, longest, longest_s, stall_s, step_s
 from data.layout import Device
 from serving.requests import Event
 
@@ -100,10 +100,8 @@ async def _one(play: Stage, *, rank: int, replicated: bool, stopped_s: float) ->
     quiet = Quiet(before, (max(after[0], after[1] - options.before_s), after[1]))
     step = step_s(timelines, *before)
     stalls = [stall_s(one, kill.at_s, kill.until_s) for one in affected]
-    worst = max(
-        (gap for one in others for gap in gaps(one, kill.at_s, after[1])), key=lambda gap: gap.length_s, default=None
-    )
-    longest = worst.length_s if worst else 0.0
+    worst = longest(others, kill.at_s, after[1])
+    worst_s = worst.length_s if worst else 0.0
     lost, duplicated = continuity(timelines)
     return {
         "case": "kill",
@@ -114,10 +112,10 @@ async def _one(play: Stage, *, rank: int, replicated: bool, stopped_s: float) ->
         "others": len(others),
         "step_ms": round(1e3 * step, 2),
         "stall_ms": {"shortest": _ms(min(stalls, default=0.0)), "longest": _ms(max(stalls, default=0.0))},
-        "others_gap_ms": _ms(longest),
+        "others_gap_ms": _ms(worst_s),
         "others_gap_at_ms": _ms(worst.begin_s - kill.at_s) if worst else None,
         "others_quiet_ms": _ms(longest_s(others, *before)),
-        "others_stall_steps": round(longest / step - 1.0, 2),  # beyond the step that a gap always is
+        "others_stall_steps": round(worst_s / step - 1.0, 2),  # beyond the step that a gap always is
         "clocks_s": clocks(timelines, affected, kill.at_s, restored_s(kill, affected, play.offset_s), quiet),
         "lost_tokens": lost,
         "duplicated_tokens": duplicated,
@@ -150,8 +148,8 @@ def restored_s(kill: Kill, affected: Sequence[Timeline], offset_s: float) -> flo
 
 def _stall_end_s(timeline: Timeline, kill: Kill) -> float:
     """The end of the longest gap: tokens that were on their way at the kill come before it."""
-    longest = max(gaps(timeline, kill.at_s, kill.until_s), key=lambda gap: gap.length_s, default=None)
-    return longest.end_s if longest else kill.until_s
+    gap = longest([timeline], kill.at_s, kill.until_s)
+    return gap.end_s if gap else kill.until_s
 
 
 def told(kill: Kill, offset_s: float) -> dict[str, Any]:

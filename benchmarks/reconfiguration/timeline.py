@@ -67,9 +67,16 @@ def gaps(timeline: Timeline, since_s: float, until_s: float) -> list[Gap]:
     return [Gap(float(times[index]), float(times[index + 1])) for index in chosen]
 
 
+def longest(timelines: Iterable[Timeline], since_s: float, until_s: float) -> Gap | None:
+    """The longest gap of any request that reaches into the interval."""
+    found = (gap for one in timelines for gap in gaps(one, since_s, until_s))
+    return max(found, key=lambda gap: gap.length_s, default=None)
+
+
 def longest_s(timelines: Iterable[Timeline], since_s: float, until_s: float) -> float:
-    """The longest gap of any request that reaches into the interval; 0 if there is none."""
-    return max((gap.length_s for one in timelines for gap in gaps(one, since_s, until_s)), default=0.0)
+    """How long that is; 0 if there is none."""
+    gap = longest(timelines, since_s, until_s)
+    return gap.length_s if gap else 0.0
 
 
 def stall_s(timeline: Timeline, since_s: float, until_s: float) -> float:
