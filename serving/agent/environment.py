@@ -10,7 +10,10 @@ _MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
-_GPU = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:2048", "NCCL_RUNTIME_CONNECT": "0"}
+_GPU = {
+    "PYTORCH_ALLOC_CONF": "max_split_size_mb:2048,pinned_reserve_segment_size_mb:256",
+    "NCCL_RUNTIME_CONNECT": "0",
+}
 
 
 def worker_environment() -> dict[str, str]:
@@ -23,7 +26,9 @@ def worker_environment() -> dict[str, str]:
     opposite: given back at once, which is what glibc does with more than 128 KiB when one of these sizes is set, it
     costs more than a thousand page faults for every token (`benchmarks.page_faults`).
 
-    On a GPU, a large block that is free must stay whole for the next layout's cache; and groups are connected when
-    they are made, because their first kernels must not run beside those of another.
+    On a GPU, a large block that is free must stay whole for the next layout's cache. Host memory that the device reads
+    from directly comes out of one segment: to get some from the driver takes milliseconds, in which no step is
+    launched, and 120 ms while the driver clears up after a process that was killed. Groups are connected when they
+    are made, because their first kernels must not run beside those of another.
     """
     return {**_QUIET, **_MEMORY, **_GPU, **os.environ}

@@ -17,8 +17,8 @@ from serving.engine import host_memory
 from serving.engine.blocks import BlockAllocator, blocks_for
 from serving.engine.kernels import fused_on
 
-UPLOAD_BYTES = 16 << 20  # that is copied to a GPU at once
-UPLOADS = 3  # of these that are under way, while the next one is packed
+_UPLOAD_BYTES = 16 << 20  # that is copied to a GPU at once
+_UPLOADS = 3  # of these that are under way, while the next one is packed
 
 __all__ = ["BlockAllocator", "KvCache", "blocks_for", "slots", "slots_of"]
 
@@ -130,10 +130,10 @@ class KvCache:
         """`gather` from a log to a GPU: some tokens at a time, packed while those before are copied."""
         box = self.cells(layers, heads)
         out = torch.empty(_tokens_first(box[:, :, : len(slots)]).shape, dtype=self.dtype, device=device)
-        most = max(1, UPLOAD_BYTES * len(slots) // out.nbytes)
+        most = max(1, _UPLOAD_BYTES * len(slots) // out.nbytes)
         under_way: deque[torch.cuda.Event] = deque()
         for some, target in zip(slots.split(most), out.split(most), strict=True):
-            if len(under_way) == UPLOADS:
+            if len(under_way) == _UPLOADS:
                 under_way.popleft().synchronize()
             pinned = torch.empty(target.shape, dtype=self.dtype, pin_memory=True)
             self._gather_runs(box, some, _planes_first(pinned))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -10,6 +12,7 @@ from typing import NamedTuple, Protocol
 from serving.engine.batch import StepPlan
 
 _LONG_TOKENS = 256  # computed at once: to wait until these are copied would hold everybody up
+_EARLY, _OVERDUE = 0.4, 1.5  # of the time from one step to the next
 
 
 class Mark(Protocol):
@@ -37,12 +40,33 @@ class Kept(NamedTuple):
     tokens: int
 
 
+class Tempo(NamedTuple):
+    """When the last step was launched, and how long after the one before; seconds of one clock."""
+
+    last_s: float = -math.inf
+    every_s: float = math.inf
+
+    def step(self, now_s: float) -> Tempo:
+        """After a step that was launched at `now_s`."""
+        return Tempo(now_s, now_s - self.last_s)
+
+    def early(self, now_s: float) -> bool:
+        """Whether what keeps others waiting may begin: it is through before the next step is launched, or no step
+        follows as those before did.
+        """
+        return not _EARLY * self.every_s < now_s - self.last_s < _OVERDUE * self.every_s
+
+
 class Look(NamedTuple):
-    """Sequences as somebody saw them after so many `changes`; to be read once the device has passed `mark`."""
+    """Sequences as somebody saw them after so many `changes`; to be read once the device has passed `mark`.
+
+    `early`: the step that the device is at has just begun, or there is none.
+    """
 
     cached: dict[int, Cached]
     mark: Mark | None
     changes: int
+    early: bool
 
 
 class KvIndex:
@@ -69,6 +93,7 @@ class KvIndex:
         self._under_way: deque[tuple[Mark, dict[int, int]]] = deque()  # how many tokens there were before each step
         self._settled_mark: Mark | None = None
         self._changes = 0
+        self._tempo = Tempo()
         self._hurry = self._launching = False
         self._lives = self._restarts = 0
         self.mark: Mark | None = None
@@ -102,6 +127,7 @@ class KvIndex:
         with self._changed:
             self._launching = False
             self._settled_mark, self.mark = self.mark, mark
+            self._tempo = self._tempo.step(time.monotonic())
             self._fresh = {one.key: one.start for one in plan.sequences}
             while self._under_way and self._under_way[0][0].query():
                 self._under_way.popleft()
@@ -204,13 +230,13 @@ class KvIndex:
         with self._lock:
             everything = all_of_it or self._hurry or self.mark is None
             self._hurry = False
-            entries = dict(self._entries)
+            entries, early = dict(self._entries), self._tempo.early(time.monotonic())
             if everything:
-                return Look(entries, self.mark, self._changes)
+                return Look(entries, self.mark, self._changes, early)
             for key, tokens in self._fresh.items():
                 if key in entries:
                     entries[key] = entries[key]._replace(tokens=tokens)
-            return Look(entries, self._settled_mark, self._changes)
+            return Look(entries, self._settled_mark, self._changes, early)
 
     def unchanged(self, since: Iterable[tuple[int, Cached]]) -> bool:
         """Whether all that was seen of sequences is still there."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.layout import ParallelConfig, Position
 from data.models import ModelSpec
 from serving.engine.graphs import graph_sizes
-from serving.engine.kv_cache import UPLOAD_BYTES, UPLOADS, KvCache
+from serving.engine.kv_cache import KvCache
 from serving.engine.model import ShardModel
 from serving.engine.place import Place
 
@@ -32,9 +32,6 @@ def rehearse(spec: ModelSpec, dtype: torch.dtype, device: torch.device, block_to
         if shards <= spec.kv_heads:
             config = ParallelConfig(1, 1, shards, _MOST_ROWS)
             _rehearse(small, Place.of(small, config, Position(0, 0, 0)), dtype, device, block_tokens)
-    # Memory that a device reads from directly takes long to get; what was freed is used again.
-    pinned = [torch.empty(UPLOAD_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(UPLOADS + 1)]
-    pinned.clear()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
 

@@ -1,8 +1,8 @@
 """Sends the KV of one rank, as it grows, to the worker that keeps a copy.
 
 The cache itself is the buffer: KV is a log per sequence, so whatever was computed and not sent yet can
-be read at any time later. What decoding adds goes first, and of the rest only two frames are under way: steps
-wait for tokens, and those must not wait for a prompt. What is sent was computed before the step that the
+be read at any time later. What decoding adds goes first. Of the rest only two frames are under way, which begin
+early in a step: steps wait for tokens, and those must not wait for a prompt. What is sent was computed before the step that the
 device is at, so the work falls into the time in which the step loop waits for the device.
 """
 
@@ -47,6 +47,11 @@ class Span:
     stop: int
     cached: Cached
 
+    @property
+    def long(self) -> bool:
+        """Whether it is more than a short tail."""
+        return self.stop - self.start > _SHORT_TOKENS
+
 
 def next_spans(cached: dict[int, Cached], sent: dict[int, Cached], most_tokens: int) -> list[Span]:
     """What to send next, of `cached` and not yet `sent` tokens, `most_tokens` in all: short tails if there are any."""
@@ -57,7 +62,7 @@ def next_spans(cached: dict[int, Cached], sent: dict[int, Cached], most_tokens: 
     ]
     spans: list[Span] = []
     room = most_tokens
-    short = [span for span in tails if span.stop - span.start <= _SHORT_TOKENS]
+    short = [span for span in tails if not span.long]
     for span in short or sorted(tails, key=lambda span: (span.stop - span.start, span.key)):
         stop = min(span.stop, span.start + room)
         if stop > span.start:
@@ -155,7 +160,7 @@ class KvStream(threading.Thread):
             look = self._index.look(all_of_it=quiet)
             ended = [key for key in self._sent if key not in look.cached]
             spans = next_spans(look.cached, self._sent, self._frame_tokens)
-            if len(self._long) >= _LONG_WINDOW and any(span.stop - span.start > _SHORT_TOKENS for span in spans):
+            if any(span.long for span in spans) and (len(self._long) >= _LONG_WINDOW or not look.early):
                 spans = []
             if spans or ended:
                 self._send(connection, spans, ended, look.mark)
@@ -216,7 +221,7 @@ class KvStream(threading.Thread):
         self._numbers += 1
         with self._answered:
             self._unanswered[self._numbers] = spans, ended
-            if any(span.stop - span.start > _SHORT_TOKENS for span in spans):
+            if any(span.long for span in spans):
                 self._long.add(self._numbers)
             while len(self._unanswered) > _WINDOW and self._connection is connection:
                 self._answered.wait(_PATIENCE_S)

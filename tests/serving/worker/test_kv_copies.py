@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from serving.engine.batch import SequenceStep, StepPlan
 from serving.engine.kv_cache import KvCache
-from serving.engine.kv_index import Cached, Kept, KvIndex
+from serving.engine.kv_index import Cached, Kept, KvIndex, Tempo
 from serving.errors import TransportError
 from serving.requests import Sampling
 from serving.worker import kv_wire as wire
@@ -266,6 +266,42 @@ def test_what_the_device_is_at_is_copied_a_step_later_unless_somebody_waits_for_
     assert index.wait(look.changes, 0.0)
     assert index.look(all_of_it=False).cached[1].tokens == 6
     assert index.look(all_of_it=False).cached[1].tokens == 5  # who was in a hurry has seen it
+
+
+def test_what_keeps_others_waiting_begins_early_in_a_step() -> None:
+    tempo = Tempo()
+    assert tempo.early(0.0)  # no step yet, and it is not known how long the first one takes
+    assert tempo.step(1.0).early(1.5)
+    tempo = tempo.step(1.0).step(1.1)
+    assert [tempo.early(now) for now in (1.11, 1.13, 1.15, 1.2, 1.24, 1.26, 9.0)] == [
+        True,
+        True,
+        *[False] * 3,
+        True,
+        True,
+    ]
+
+
+async def test_what_is_long_waits_for_the_next_step_or_until_there_is_none(keeper: Keeper) -> None:
+    index = KvIndex()
+    grow(index, 1, (1, 0, 1, [3, 7, 1]))
+    await asyncio.sleep(1.0)
+    grow(index, 2, (1, 1, 1, [3, 7, 1]))
+    await asyncio.sleep(0.5)  # half a step
+    stream = KvStream(keeper.address, "secret", 5, cache(), index, frame_bytes=1 << 20)
+    index.adopt(2, 20, [0, 2, 4, 5, 6])
+    stream.start()
+    try:
+        await until(lambda: kept(keeper) == {1: 2}, 0.4)
+        await asyncio.sleep(0.2)
+        assert kept(keeper) == {1: 2}
+        grow(index, 3, (1, 2, 1, [3, 7, 1]))
+        await until(lambda: kept(keeper) == {1: 3, 2: 20}, 0.4)
+        await asyncio.sleep(0.6)
+        index.adopt(4, 12, [8, 9, 10])
+        await until(lambda: 4 in kept(keeper))  # no step follows
+    finally:
+        stream.stop()
 
 
 class Computing(Passed):
