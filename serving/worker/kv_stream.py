@@ -2,8 +2,8 @@
 
 The cache itself is the buffer: KV is a log per sequence, so whatever was computed and not sent yet can
 be read at any time later. What decoding adds goes first. Of the rest only two frames are under way, which begin
-early in a step: steps wait for tokens, and those must not wait for a prompt. What is sent was computed before the step that the
-device is at, so the work falls into the time in which the step loop waits for the device.
+early in a step: steps wait for tokens, and those must not wait for a prompt. What is sent was computed before the
+step that the device is at, so the work falls into the time in which the step loop waits for the device.
 """
 
 from __future__ import annotations
