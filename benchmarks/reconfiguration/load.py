@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from benchmarks.reconfiguration.timeline import Timeline
+from serving import lifeline
 from serving.api.client import Client
 from serving.errors import PerennialError
 from serving.requests import Limits
@@ -38,7 +39,6 @@ class Load:
         self.errors: list[str] = []
 
     async def __aenter__(self) -> Self:
-        gc.freeze()  # the instrument's own garbage collection is not the service's latency
         return self
 
     async def __aexit__(
@@ -49,6 +49,7 @@ class Load:
 
     async def start(self, *, timeout_s: float) -> None:
         """Start the streams and wait until every one has delivered a token. Raises `TimeoutError`."""
+        lifeline.settle()  # the instrument's own garbage collection is not the service's latency
         self._current = {}
         self._tasks = [asyncio.create_task(self._run(slot)) for slot in range(self._requests)]
         async with asyncio.timeout(timeout_s), self._began:

@@ -50,23 +50,21 @@ class Tempo(NamedTuple):
         """After a step that was launched at `now_s`."""
         return Tempo(now_s, now_s - self.last_s)
 
-    def early(self, now_s: float) -> bool:
-        """Whether what keeps others waiting may begin: it is through before the next step is launched, or no step
-        follows as those before did.
+    def early(self, now_s: float, takes_s: float) -> bool:
+        """Whether something that keeps others waiting, and takes so long, may begin: it is through before the next step
+        is launched, or the step has just begun, or no step follows as those before did.
         """
-        return not _EARLY * self.every_s < now_s - self.last_s < _OVERDUE * self.every_s
+        since_s = now_s - self.last_s
+        return since_s < max(_EARLY * self.every_s, self.every_s - takes_s) or since_s > _OVERDUE * self.every_s
 
 
 class Look(NamedTuple):
-    """Sequences as somebody saw them after so many `changes`; to be read once the device has passed `mark`.
-
-    `early`: the step that the device is at has just begun, or there is none.
-    """
+    """Sequences as somebody saw them after so many `changes`; to be read once the device has passed `mark`."""
 
     cached: dict[int, Cached]
     mark: Mark | None
     changes: int
-    early: bool
+    tempo: Tempo
 
 
 class KvIndex:
@@ -230,13 +228,13 @@ class KvIndex:
         with self._lock:
             everything = all_of_it or self._hurry or self.mark is None
             self._hurry = False
-            entries, early = dict(self._entries), self._tempo.early(time.monotonic())
+            entries = dict(self._entries)
             if everything:
-                return Look(entries, self.mark, self._changes, early)
+                return Look(entries, self.mark, self._changes, self._tempo)
             for key, tokens in self._fresh.items():
                 if key in entries:
                     entries[key] = entries[key]._replace(tokens=tokens)
-            return Look(entries, self._settled_mark, self._changes, early)
+            return Look(entries, self._settled_mark, self._changes, self._tempo)
 
     def unchanged(self, since: Iterable[tuple[int, Cached]]) -> bool:
         """Whether all that was seen of sequences is still there."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from serving.engine.batch import StepPlan
 from serving.engine.kv_cache import KvCache, slots_of
-from serving.engine.kv_index import Cached, Kept, KvIndex, Mark
+from serving.engine.kv_index import Cached, Kept, KvIndex, Look, Mark
 from serving.engine.own_stream import own_stream
 from serving.errors import TransportError
 from serving.worker import kv_wire as wire
@@ -34,6 +34,8 @@ _QUIET_S = 0.05  # how long to wait for something new before looking whether to 
 _AGAIN_S = 0.5  # between two attempts to connect
 _WINDOW = 8  # frames that may be unanswered
 _LONG_WINDOW = 2  # of these, frames of which steps do not wait
+_LONG_S = 0.05  # that one is expected to take before any did
+_FORGETTING = 0.9  # what is left of the longest time that a long frame took when the next one was quicker
 _SHORT_TOKENS = 8  # of a sequence: more is a prompt, or what was here before the copy
 _PATIENCE_S = 0.5  # how long a step, or a frame, waits for answers; a keeper that is slower holds nobody up
 
@@ -100,7 +102,8 @@ class KvStream(threading.Thread):
         self._sent: dict[int, Cached] = {}
         self._unanswered: dict[int, tuple[list[Span], list[int]]] = {}  # spans and ended sequences by frame
         self._kept: dict[int, Kept] = {}
-        self._long: set[int] = set()  # frames under way that are not of short tails
+        self._long: dict[int, float] = {}  # when those frames under way were begun that are not of short tails
+        self._long_s = _LONG_S  # that such frames took lately
         self._answered = threading.Condition()
         self._connection: socket.socket | None = None
         self._stopped = False
@@ -160,13 +163,17 @@ class KvStream(threading.Thread):
             look = self._index.look(all_of_it=quiet)
             ended = [key for key in self._sent if key not in look.cached]
             spans = next_spans(look.cached, self._sent, self._frame_tokens)
-            if any(span.long for span in spans) and (len(self._long) >= _LONG_WINDOW or not look.early):
+            if any(span.long for span in spans) and not self._has_time(look):
                 spans = []
             if spans or ended:
                 self._send(connection, spans, ended, look.mark)
                 quiet = False
             else:
                 quiet = not self._index.wait(look.changes, _QUIET_S)
+
+    def _has_time(self, look: Look) -> bool:
+        """Whether another long frame may begin."""
+        return len(self._long) < _LONG_WINDOW and look.tempo.early(time.monotonic(), self._long_s)
 
     def _connect(self) -> socket.socket:
         host, _, port = self._address.rpartition(":")
@@ -178,7 +185,7 @@ class KvStream(threading.Thread):
             raise
         with self._answered:
             self._sent, self._unanswered, self._kept = {}, {}, {}
-            self._long = set()
+            self._long = {}
             self._index.start_over()
             self._connection = connection
         return connection
@@ -214,6 +221,7 @@ class KvStream(threading.Thread):
                 self._tell(now[1])
 
     def _send(self, connection: socket.socket, spans: list[Span], ended: list[int], mark: Mark | None) -> None:
+        began_s = time.monotonic()
         data = self._load(spans, mark) if spans else None
         if not self._index.unchanged((span.key, span.cached) for span in spans):
             return  # blocks may have been given to somebody else while they were read
@@ -222,7 +230,7 @@ class KvStream(threading.Thread):
         with self._answered:
             self._unanswered[self._numbers] = spans, ended
             if any(span.long for span in spans):
-                self._long.add(self._numbers)
+                self._long[self._numbers] = began_s
             while len(self._unanswered) > _WINDOW and self._connection is connection:
                 self._answered.wait(_PATIENCE_S)
         frame = [(span.key, span.start, span.stop) for span in spans]
@@ -257,8 +265,8 @@ class KvStream(threading.Thread):
                     break
                 with self._answered:
                     spans, ended = self._unanswered.pop(answer.number, ((), ()))
-                    if answer.number in self._long:
-                        self._long.discard(answer.number)
+                    if (began_s := self._long.pop(answer.number, None)) is not None:
+                        self._long_s = max(time.monotonic() - began_s, _FORGETTING * self._long_s)
                         self._index.nudge()
                     self._kept |= {span.key: Kept(span.cached.life, span.stop) for span in spans}
                     for key in ended:

@@ -270,19 +270,18 @@ def test_what_the_device_is_at_is_copied_a_step_later_unless_somebody_waits_for_
 
 def test_what_keeps_others_waiting_begins_early_in_a_step() -> None:
     tempo = Tempo()
-    assert tempo.early(0.0)  # no step yet, and it is not known how long the first one takes
-    assert tempo.step(1.0).early(1.5)
+    assert tempo.early(0.0, 9.0)  # no step yet, and it is not known how long the first one takes
+    assert tempo.step(1.0).early(1.5, 9.0)
     tempo = tempo.step(1.0).step(1.1)
-    assert [tempo.early(now) for now in (1.11, 1.13, 1.15, 1.2, 1.24, 1.26, 9.0)] == [
-        True,
-        True,
-        *[False] * 3,
-        True,
-        True,
-    ]
+    moments = (1.11, 1.13, 1.15, 1.19, 1.24, 1.26, 9.0)
+    assert [tempo.early(now, 0.09) for now in moments] == [True, True, False, False, False, True, True]
+    assert [tempo.early(now, 0.02) for now in moments] == [True, True, True, False, False, True, True]
 
 
-async def test_what_is_long_waits_for_the_next_step_or_until_there_is_none(keeper: Keeper) -> None:
+async def test_what_is_long_waits_for_the_next_step_or_until_there_is_none(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.worker.kv_stream._LONG_S", 9.0)  # longer than a step
     index = KvIndex()
     grow(index, 1, (1, 0, 1, [3, 7, 1]))
     await asyncio.sleep(1.0)
