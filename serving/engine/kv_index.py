@@ -55,7 +55,7 @@ class Tempo(NamedTuple):
         is launched, or the step has just begun, or no step follows as those before did.
         """
         since_s = now_s - self.last_s
-        return since_s < max(_EARLY * self.every_s, self.every_s - takes_s) or since_s > _OVERDUE * self.every_s
+        return since_s <= max(_EARLY * self.every_s, self.every_s - takes_s) or since_s > _OVERDUE * self.every_s
 
 
 class Look(NamedTuple):
