@@ -28,7 +28,7 @@ def worker_environment() -> dict[str, str]:
 
     On a GPU, a large block that is free must stay whole for the next layout's cache. Host memory that the device reads
     from directly comes out of one segment: to get some from the driver takes milliseconds, in which no step is
-    launched, and 120 ms while the driver clears up after a process that was killed. Groups are connected when they
+    launched, and dozens while the driver clears up after a process that was killed. Groups are connected when they
     are made, because their first kernels must not run beside those of another.
     """
     return {**_QUIET, **_MEMORY, **_GPU, **os.environ}
