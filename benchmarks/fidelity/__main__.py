@@ -101,9 +101,13 @@ def _compare_all(recorded: list[Recorded]) -> Result:
         script = NAMED.get(one.script)
         if isinstance(one, Recording) and isinstance(script, Script):
             told = one.played, one.measured
-            runs.append(compare.compared(script, one.seed, told, everything.charges(), spec, feel=feel))
+            cores = one.machine["cores"]
+            runs.append(
+                compare.compared(script, one.seed, told, everything.charges(), spec, processors=cores, feel=feel)
+            )
         elif isinstance(one, SharedRecording) and isinstance(script, SharedScript):
-            shared_runs.append(shared_compare.compared(script, one.seed, one.played, specs))
+            cores = one.machine["cores"]
+            shared_runs.append(shared_compare.compared(script, one.seed, one.played, specs, processors=cores))
         else:
             raise InvalidInput(f"no script is called {one.script!r} any more; record it again")
     machines = list({json.dumps(one.machine, sort_keys=True): one.machine for one in recorded}.values())

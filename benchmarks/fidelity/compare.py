@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from math import isfinite
 from typing import Any
 
@@ -25,6 +26,7 @@ from serving.requests import Event
 Result = dict[str, Any]
 
 MEAN_BAR, P99_BAR = 0.10, 0.15
+DRAWS = 8  # of who stands still when; what is predicted is the mean
 TRACE = "trace"  # what figures are drawn from: request by request, too much for a results file
 
 
@@ -35,19 +37,20 @@ def compared(
     charges: Charges,
     spec: ModelSpec,
     *,
+    processors: int,
     feel: float = 1.0,
 ) -> Result:
-    """One run beside its simulation. `feel`: how much of the drag steps feel."""
+    """One run beside its simulations. `processors`: those the fleet had; `feel`: how much of the drag steps feel."""
     played, own = recorded[0], recorded[1].eased(feel)
-    told = calibrated(profile(own, charges, spec), own, script)
+    told = replace(calibrated(profile(own, charges, spec), own, script), processors=processors)
     book = book_of(script, spec)
     course = eased(played.drag, feel)
-    served = simulate_fleet(
-        book, told, played.workload, played.happenings, played.instances, played.layout, drag=course
-    )
+    story = played.workload, played.happenings, played.instances, played.layout
+    draws = [simulate_fleet(book, told, *story, drag=course, seed=draw) for draw in range(DRAWS if processors else 1)]
+    served = draws[0]
     latency_s = np.array([stream.latency_s for stream in played.streams])
     first_s = np.array([stream.first_s for stream in played.streams])
-    measured, predicted = _summary(served.arrival_s, latency_s, first_s), _of(served)
+    measured, predicted = _summary(served.arrival_s, latency_s, first_s), mean_of([_of(one) for one in draws])
     errors = {key: predicted[key] / measured[key] - 1 for key in ("mean_s", "p99_s", "first_mean_s")}
     return {
         "name": script.name,
@@ -74,6 +77,11 @@ def compared(
             "simulated_s": _rounded(served.latency_s),
         },
     }
+
+
+def mean_of(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Figures by name, each the mean of all draws."""
+    return {name: float(np.mean([one[name] for one in draws])) for name in draws[0]}
 
 
 def _of(served: Served) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.fidelity.compare import DRAWS, mean_of
 from benchmarks.fidelity.drag import summary as drag_summary
 from benchmarks.fidelity.shared_play import SharedPlayed
 from benchmarks.fidelity.shared_profile import by_model, profile_of
@@ -23,12 +24,17 @@ Answers = npt.NDArray[np.bool_]
 ATTAINMENT_BAR = 0.03
 
 
-def compared(script: SharedScript, seed: int, played: SharedPlayed, specs: Mapping[str, ModelSpec]) -> Result:
-    """One run beside its simulation."""
-    told = profile_of(script, played.steps, played.speeds, specs)
-    done_s = simulate_shared(script.deployment.groups, told, played.asks, drag=played.drag)
+def compared(
+    script: SharedScript, seed: int, played: SharedPlayed, specs: Mapping[str, ModelSpec], *, processors: int
+) -> Result:
+    """One run beside its simulations. `processors`: those the fleet had."""
+    told = replace(profile_of(script, played.steps, played.speeds, specs), processors=processors)
+    drawn_s = [
+        simulate_shared(script.deployment.groups, told, played.asks, drag=played.drag, seed=draw)
+        for draw in range(DRAWS if processors else 1)
+    ]
     measured = _attainment(played.asks, np.array([stream.whole for stream in played.streams]))
-    simulated = _attainment(played.asks, np.isfinite(done_s))
+    simulated = mean_of([_attainment(played.asks, np.isfinite(done_s)) for done_s in drawn_s])
     error = simulated["all"] - measured["all"]
     return {
         "name": script.name,
@@ -50,7 +56,7 @@ def compared(script: SharedScript, seed: int, played: SharedPlayed, specs: Mappi
         "simulated": simulated,
         "error": error,
         "met": abs(error) <= ATTAINMENT_BAR,
-        "mean_s": _means(played, done_s),
+        "mean_s": mean_of([_means(played, done_s) for done_s in drawn_s]),
     }
 
 

@@ -23,6 +23,7 @@ from planning.simulation.fleet_profile import FleetProfile
 from planning.simulation.lines import Line
 from planning.simulation.machine import Agenda, Machine, Queue, run
 from planning.simulation.members import Members
+from planning.simulation.processors import Processors
 from planning.simulation.serving import Array
 from planning.simulation.story import Happening, LayoutChange
 
@@ -52,15 +53,17 @@ def simulate_fleet(
     *,
     drag: Sequence[tuple[float, float]] = (),
     until_s: float = inf,
+    seed: int = 0,
 ) -> Served:
     """Serve `workload` by `book` on `instances`, to which `happenings` happen.
 
     `layout` are the devices of the replicas in force at the beginning, by default those that the book asks for.
-    `drag` are times and by how much all steps take longer from then on than the profile says.
+    `drag` are times and by how much all steps take longer from then on than the profile says; `seed` is for who stands
+    still where the profile says that processors are short.
     Requests that are unfinished at `until_s`, or when nothing can happen any more, are never done.
     """
     jobs = [Job(key, one.input_tokens, one.output_tokens) for key, one in enumerate(workload.requests)]
-    agenda, machine, queue = Agenda(), Machine[Line](), Queue()
+    agenda, machine, queue = Agenda(), Machine[Line](processors=Processors(profile.processors, seed)), Queue()
     controller = Controller(Members(book, list(instances)), profile, agenda, machine, queue)
     controller.begin_with(layout)
     machine.follow(drag, agenda)

@@ -81,13 +81,17 @@ class Charges:
 
 @dataclass(frozen=True, slots=True)
 class FleetProfile:
-    """The law and the KV blocks of replicas by their degrees, what steps and blocks hold, and the charges."""
+    """The law and the KV blocks of replicas by their degrees, what steps and blocks hold, and the charges.
+
+    `processors`: how many all stages share; 0 if it does not matter that some stand still now and then.
+    """
 
     laws: Mapping[Degrees, StepLaw]
     kv_blocks: Mapping[Degrees, int]
     charges: Charges
     step_tokens: int
     block_tokens: int
+    processors: int = 0
 
     @property
     def overhead_s(self) -> float:

@@ -2,19 +2,20 @@
 
 A stage works on one step at a time. The leader, which is the first stage, launches a step when it is free, as
 long as no more steps are under way than there are stages, and takes finished steps in order. The processors
-are shared by all stages that compute, so the speed of everybody follows their number.
+are shared by all stages that compute, so the speed of everybody follows their number (`processors.py`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
 from data.layout import Device, ParallelConfig
 from planning.load import IN_TOKENS
 from planning.simulation.batching import Batcher, BatchLimits, Job, Part, mix
+from planning.simulation.processors import Processors
 from planning.step_laws import StepLaw
 
 _ROUNDING_S = 1e-12  # what is left of a stage's work when it is done
@@ -147,16 +148,26 @@ class Line(Stages):
         return jobs
 
 
-def next_end_s(lines: Iterable[Stages], slowdown: float) -> float:
-    """Seconds until a stage is done with its work, if nothing else happens."""
-    working = [step for line in lines for step in line.working]
-    busy = len(working)
-    return min((step.left_s * step.law.slow(busy) * slowdown for step in working), default=inf)
+def next_change_s(lines: Iterable[Stages], slowdown: float, processors: Processors) -> float:
+    """Seconds until a stage is done with its work, or others compute, if nothing else happens."""
+    working = _working(lines)
+    ends = (step.left_s * slow * slowdown for step, slow in _paces(working, processors) if slow < inf)
+    return min(processors.until_dealt_s(len(working)), min(ends, default=inf))
 
 
-def work(lines: Iterable[Stages], seconds: float, slowdown: float) -> None:
-    """Let every stage compute for `seconds`, in which none becomes done before the end."""
-    working = [step for line in lines for step in line.working]
+def work(lines: Iterable[Stages], seconds: float, slowdown: float, processors: Processors) -> None:
+    """Let every stage compute for `seconds`, in which nothing changes before the end."""
+    working = _working(lines)
+    for step, slow in _paces(working, processors):
+        step.left_s -= seconds / (slow * slowdown)
+    processors.spend(seconds)
+
+
+def _working(lines: Iterable[Stages]) -> list[tuple[Stages, Step]]:
+    return [(line, step) for line in lines for step in line.working]
+
+
+def _paces(working: Sequence[tuple[Stages, Step]], processors: Processors) -> list[tuple[Step, float]]:
+    """Steps, and how slow they are."""
     busy = len(working)
-    for step in working:
-        step.left_s -= seconds / (step.law.slow(busy) * slowdown)
+    return [(step, processors.slow(line.number, line.stages, step.law, busy)) for line, step in working]

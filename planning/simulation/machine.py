@@ -12,7 +12,8 @@ from math import inf
 from typing import Generic, TypeVar
 
 from planning.simulation.batching import Job
-from planning.simulation.lines import Line, Stages, next_end_s, work
+from planning.simulation.lines import Line, Stages, next_change_s, work
+from planning.simulation.processors import Processors
 
 _Lines = TypeVar("_Lines", bound=Stages)
 
@@ -64,11 +65,12 @@ class Queue:
 
 @dataclass(slots=True)
 class Machine(Generic[_Lines]):
-    """The processors: replicas that compute, and what slows them down."""
+    """Replicas that compute, on which processors, and what slows them down."""
 
     lines: dict[int, _Lines] = field(default_factory=dict)
     slowdowns: list[float] = field(default_factory=list)
     drag: float = 1.0
+    processors: Processors = field(default_factory=Processors)
 
     @property
     def slowdown(self) -> float:
@@ -81,12 +83,12 @@ class Machine(Generic[_Lines]):
             agenda.after(time_s, partial(setattr, self, "drag", factor))
 
     def next_s(self) -> float:
-        """Seconds until a stage is done."""
-        return next_end_s(self.lines.values(), self.slowdown)
+        """Seconds until a stage is done, or others compute."""
+        return next_change_s(self.lines.values(), self.slowdown, self.processors)
 
     def work(self, seconds: float) -> None:
-        """Compute for `seconds`, in which no stage becomes done before the end."""
-        work(self.lines.values(), seconds, self.slowdown)
+        """Compute for `seconds`, in which nothing changes before the end."""
+        work(self.lines.values(), seconds, self.slowdown, self.processors)
 
     def lead(self) -> list[Job]:
         """Let every leader act; returns the jobs that drew a token."""

@@ -20,6 +20,7 @@ from planning.load import IN_TOKENS, Pace, Server, done_in_s
 from planning.simulation.batching import Batcher, BatchLimits, Job
 from planning.simulation.lines import Stages, Step
 from planning.simulation.machine import Agenda, Machine, run
+from planning.simulation.processors import Processors
 from planning.simulation.serving import Array
 from planning.simulation.turns import Turns
 from planning.step_laws import StepLaw
@@ -43,7 +44,7 @@ class Ask:
 class SharedProfile:
     """What has to be known of a fleet: the law and the KV blocks of every shape, and what admission takes its pace for.
 
-    Without `paces` nobody is refused, and dispatch counts tokens.
+    Without `paces` nobody is refused, and dispatch counts tokens. `processors` as for `FleetProfile`.
     """
 
     laws: Mapping[Shape, StepLaw]
@@ -51,6 +52,7 @@ class SharedProfile:
     paces: Mapping[Shape, Pace]
     step_tokens: int
     block_tokens: int
+    processors: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -162,13 +164,15 @@ def simulate_shared(
     asks: Sequence[Ask],
     *,
     drag: Sequence[tuple[float, float]] = (),
+    seed: int = 0,
 ) -> Array:
     """When each request was answered in full, in their order; infinite for those that were refused or late.
 
     `asks` are in order of arrival; what a request spends outside of steps is spent before it is taken in.
-    `drag` are times and by how much all steps take longer from then on than the profile says.
+    `drag` are times and by how much all steps take longer from then on than the profile says; `seed` as for
+    `simulate_fleet`.
     """
-    agenda, machine = Agenda(), Machine[Group]()
+    agenda, machine = Agenda(), Machine[Group](processors=Processors(profile.processors, seed))
     machine.follow(drag, agenda)
     for number, group in enumerate(groups):
         machine.lines[number] = _group(number, group, profile, agenda)

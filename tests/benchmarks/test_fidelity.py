@@ -176,7 +176,7 @@ def _own_simulation(tmp_path: Path) -> tuple[Recording, ModelSpec]:
 
 def test_a_run_that_is_its_own_simulation_meets_the_bars(tmp_path: Path) -> None:
     recorded, spec = _own_simulation(tmp_path)
-    run = compared(SHORT, 0, (recorded.played, recorded.measured), recorded.measured.charges(), spec)
+    run = compared(SHORT, 0, (recorded.played, recorded.measured), recorded.measured.charges(), spec, processors=0)
     assert run["met"]
     assert run["errors"]["mean_s"] == pytest.approx(0.0, abs=1e-6)
     assert run["errors"]["p99_s"] == pytest.approx(0.0, abs=1e-6)
@@ -216,11 +216,11 @@ def _specs() -> dict[str, ModelSpec]:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SHARED_SCRIPTS, ids=lambda script: script.name)
 def test_a_shared_run_is_its_own_simulation_and_not_that_of_a_slower_fleet(script: SharedScript) -> None:
-    run = shared_compare.compared(script, 0, _shared(script).played, _specs())
+    run = shared_compare.compared(script, 0, _shared(script).played, _specs(), processors=0)
     assert run["met"]
     assert run["error"] == pytest.approx(0.0, abs=1e-9)
     assert 0.2 < run["measured"]["all"] < 1.0  # a script in which all or none are answered says nothing
-    slower = shared_compare.compared(script, 0, _shared(script, 1.5).played, _specs())
+    slower = shared_compare.compared(script, 0, _shared(script, 1.5).played, _specs(), processors=0)
     assert slower["error"] > shared_compare.ATTAINMENT_BAR
     assert not slower["met"]
 
@@ -308,7 +308,7 @@ def test_a_short_real_run_is_predicted(tmp_path: Path) -> None:
     if max(played.foreign_cores) > _BUSY_CORES:
         pytest.skip(f"other programs used {max(played.foreign_cores):.1f} processors: a profile says little then")
     spec = read_spec(str(tmp_path / "model"))
-    run = compared(SHORT, 0, (played, found), found.charges(), spec)
+    run = compared(SHORT, 0, (played, found), found.charges(), spec, processors=len(os.sched_getaffinity(0)))
     assert abs(run["errors"]["mean_s"]) < _TOLERANCE, run["errors"]
     # Where a kill hits a replica that has no requests at that moment there is nothing to carry out: the layout in force
     # is what is left. With few requests that may be so in one of the two only.
