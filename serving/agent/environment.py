@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 _QUIET = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
 _MEMORY = {
@@ -10,10 +11,8 @@ _MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
-_GPU = {
-    "PYTORCH_ALLOC_CONF": "max_split_size_mb:2048,pinned_reserve_segment_size_mb:256",
-    "NCCL_RUNTIME_CONNECT": "0",
-}
+_SPLIT, _RESERVE = "max_split_size_mb:2048", "pinned_reserve_segment_size_mb:256"
+_RESERVE_SINCE = (2, 11)  # of the framework: one that does not know an option refuses to touch the GPU
 
 
 def worker_environment() -> dict[str, str]:
@@ -31,4 +30,11 @@ def worker_environment() -> dict[str, str]:
     launched, and dozens while the driver clears up after a process that was killed. Groups are connected when they
     are made, because their first kernels must not run beside those of another.
     """
-    return {**_QUIET, **_MEMORY, **_GPU, **os.environ}
+    gpu = {"PYTORCH_ALLOC_CONF": gpu_allocator(version("torch")), "NCCL_RUNTIME_CONNECT": "0"}
+    return {**_QUIET, **_MEMORY, **gpu, **os.environ}
+
+
+def gpu_allocator(framework: str) -> str:
+    """Options of the GPU's allocator that this version of the framework knows."""
+    major, minor = (int(part) for part in framework.split(".")[:2])
+    return f"{_SPLIT},{_RESERVE}" if (major, minor) >= _RESERVE_SINCE else _SPLIT

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from serving.agent.environment import worker_environment
+from serving.agent.environment import gpu_allocator, worker_environment
 
 ROUNDS = 500
 PAGES = 75  # of 300 kB
@@ -42,3 +42,12 @@ def test_a_worker_keeps_the_memory_of_what_it_needs_again_and_again(monkeypatch:
 def test_what_was_set_outside_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert worker_environment()["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("framework", "reserves"), [("2.8.0", False), ("2.10.1+cu128", False), ("2.11.0+cu130", True), ("3.0.0a0", True)]
+)
+def test_a_framework_is_told_no_option_that_it_does_not_know(framework: str, reserves: bool) -> None:
+    options = gpu_allocator(framework).split(",")
+    assert options[0] == "max_split_size_mb:2048"
+    assert any(option.startswith("pinned_reserve") for option in options) is reserves
