@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,8 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         _be_victim(torch.device("cuda", options.victim))
     if options.out is None:
         parser.error("--out is missing")
-    found = _measure()
-    results = {"found": [asdict(one) for one in found], "machine": this_machine("cuda").to_json()}
+    results = {"found": [asdict(one) for one in _measure()], "machine": this_machine("cuda").to_json()}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "driver_calls.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -80,21 +80,20 @@ def _longest_ms(spells: Sequence[Spell], since_s: float, until_s: float) -> floa
 
 def _measure() -> list[Found]:
     torch.cuda.set_device(0)
-    last, stop, beside = torch.cuda.device_count() - 1, threading.Event(), _Beside()
-    steps = list[Spell]()
-    threads = [threading.Thread(target=_step, args=(steps, stop)), threading.Thread(target=beside.run, args=(stop,))]
-    for thread in threads:
-        thread.start()
-    try:
-        results = []
-        for name in beside.actions:
-            results.append(_one(name, beside, steps, last))
-            print(results[-1], flush=True)
-        return results
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(_READY_S)
+    last, stop, beside, steps = torch.cuda.device_count() - 1, threading.Event(), _Beside(), list[Spell]()
+    with ThreadPoolExecutor() as threads:
+        running = [threads.submit(_step, steps, stop), threads.submit(beside.run, stop)]
+        try:
+            results = []
+            for name in beside.actions:
+                results.append(_one(name, beside, steps, last))
+                for one in running:
+                    if one.done():  # nothing was measured from then on
+                        raise RuntimeError("steps, or what is done beside them, ended early") from one.exception()
+                print(results[-1], flush=True)
+            return results
+        finally:
+            stop.set()
 
 
 def _one(name: str, beside: _Beside, steps: list[Spell], device: int) -> Found:
@@ -132,6 +131,8 @@ def _step(steps: list[Spell], stop: threading.Event) -> None:
             graph.replay()
             done.record()
             while not done.query():
+                if time.monotonic() - begun_s > _READY_S:
+                    raise TimeoutError(f"a step was not over after {_READY_S:g} s")
                 time.sleep(_POLL_S)
             steps.append((begun_s, time.monotonic() - begun_s))
 
