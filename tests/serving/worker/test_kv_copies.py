@@ -291,11 +291,11 @@ async def test_what_is_long_waits_for_the_next_step_or_until_there_is_none(
     index.adopt(2, 20, [0, 2, 4, 5, 6])
     stream.start()
     try:
-        await until(lambda: kept(keeper) == {1: 2}, 0.4)
+        await until(lambda: kept(keeper) == {1: 2}, 0.7)
         await asyncio.sleep(0.2)
         assert kept(keeper) == {1: 2}
         grow(index, 3, (1, 2, 1, [3, 7, 1]))
-        await until(lambda: kept(keeper) == {1: 3, 2: 20}, 0.4)
+        await until(lambda: kept(keeper) == {1: 3, 2: 20}, 1.0)
         await asyncio.sleep(0.6)
         index.adopt(4, 12, [8, 9, 10])
         await until(lambda: 4 in kept(keeper))  # no step follows
