@@ -98,15 +98,13 @@ def _compare_all(recorded: list[Recorded]) -> Result:
         spec = read_spec(str(Path(folder) / "model"))
     runs, shared_runs = list[Result](), list[Result]()
     for one in recorded:
-        script = NAMED.get(one.script)
+        script, cores = NAMED.get(one.script), one.machine["cores"]
         if isinstance(one, Recording) and isinstance(script, Script):
             told = one.played, one.measured
-            cores = one.machine["cores"]
             runs.append(
                 compare.compared(script, one.seed, told, everything.charges(), spec, processors=cores, feel=feel)
             )
         elif isinstance(one, SharedRecording) and isinstance(script, SharedScript):
-            cores = one.machine["cores"]
             shared_runs.append(shared_compare.compared(script, one.seed, one.played, specs, processors=cores))
         else:
             raise InvalidInput(f"no script is called {one.script!r} any more; record it again")

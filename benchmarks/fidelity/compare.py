@@ -26,8 +26,8 @@ from serving.requests import Event
 Result = dict[str, Any]
 
 MEAN_BAR, P99_BAR = 0.10, 0.15
-DRAWS = 8  # of who stands still when; what is predicted is the mean
-TRACE = "trace"  # what figures are drawn from: request by request, too much for a results file
+_DRAWS = 8  # of who stands still when; what is predicted is the mean
+TRACE = "trace"  # what figures are drawn from: request by request, of one draw; too much for a results file
 
 
 def compared(
@@ -46,7 +46,7 @@ def compared(
     book = book_of(script, spec)
     course = eased(played.drag, feel)
     story = played.workload, played.happenings, played.instances, played.layout
-    draws = [simulate_fleet(book, told, *story, drag=course, seed=draw) for draw in range(DRAWS if processors else 1)]
+    draws = [simulate_fleet(book, told, *story, drag=course, seed=one) for one in seeds(processors)]
     served = draws[0]
     latency_s = np.array([stream.latency_s for stream in played.streams])
     first_s = np.array([stream.first_s for stream in played.streams])
@@ -77,6 +77,11 @@ def compared(
             "simulated_s": _rounded(served.latency_s),
         },
     }
+
+
+def seeds(processors: int) -> range:
+    """Of a run's simulations: one is enough where nobody ever stands still."""
+    return range(_DRAWS if processors else 1)
 
 
 def mean_of(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:

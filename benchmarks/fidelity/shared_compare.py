@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.fidelity.compare import DRAWS, mean_of
+from benchmarks.fidelity.compare import mean_of, seeds
 from benchmarks.fidelity.drag import summary as drag_summary
 from benchmarks.fidelity.shared_play import SharedPlayed
 from benchmarks.fidelity.shared_profile import by_model, profile_of
@@ -29,10 +29,8 @@ def compared(
 ) -> Result:
     """One run beside its simulations. `processors`: those the fleet had."""
     told = replace(profile_of(script, played.steps, played.speeds, specs), processors=processors)
-    drawn_s = [
-        simulate_shared(script.deployment.groups, told, played.asks, drag=played.drag, seed=draw)
-        for draw in range(DRAWS if processors else 1)
-    ]
+    groups = script.deployment.groups
+    drawn_s = [simulate_shared(groups, told, played.asks, drag=played.drag, seed=one) for one in seeds(processors)]
     measured = _attainment(played.asks, np.array([stream.whole for stream in played.streams]))
     simulated = mean_of([_attainment(played.asks, np.isfinite(done_s)) for done_s in drawn_s])
     error = simulated["all"] - measured["all"]
